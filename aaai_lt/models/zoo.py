@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Classifier', 'make_backbone', 'load_weights', 'make_model', 'has_fragile_stem', 'memory_format']
 
-# %% ../../nbs/models/zoo.ipynb #59df8d22
+# %% ../../nbs/models/zoo.ipynb #25b1e3c4
+import pickle
 from pathlib import Path
 
 import timm
@@ -48,18 +49,18 @@ def make_backbone(
         raise ConfigError(f'pretrained: the weights of {name} are not on this machine and could not be fetched ({type(error).__name__}). Connect to the network once, or give a file: pretrained=path/to/weights.safetensors') from error
     except (RuntimeError, AssertionError, TypeError, ValueError) as error: raise ConfigError(f'model {name} cannot be built with input_size={input_size} and {options}: {error}') from error
 
-# %% ../../nbs/models/zoo.ipynb #7827c1ff
+# %% ../../nbs/models/zoo.ipynb #87665238
 def load_weights(
     model: nn.Module,
     file,  # .safetensors, or a .pth that holds tensors only
     allow_missing: tuple = (),  # prefixes of names that the file need not hold, such as ('head.',)
 ) -> None:
     "Load weights by name. Nothing that could run code is read. Raises ConfigError naming what does not fit."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
     path = resolve(file)
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        state = load_file(path)
-    else: state = torch.load(path, map_location='cpu', weights_only=True)
+    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error: raise ConfigError(f'{path} is not a file of plain tensors, and nothing else is loaded: {str(error).splitlines()[0]}') from error
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not (k.startswith(allow_missing) and k in own and v.shape != own[k].shape)} if allow_missing else state
     missing = [k for k in own if k not in state and not k.startswith(tuple(allow_missing))]

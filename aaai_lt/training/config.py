@@ -106,7 +106,7 @@ def check_value(
         if name == 'imbalance_factor' and 0 < value < 1: raise ConfigError(f'{name} is {value}; it must be 0 (no cut) or at least 1')
     if name == 'name' and (value != value.strip() or re.search(r'[/\\\0]', value) or value.startswith('.')): raise ConfigError(f'name is {value!r}; it is one folder under outputs/, without slashes')
 
-# %% ../../nbs/training/config.ipynb #65dd1470
+# %% ../../nbs/training/config.ipynb #6d68db27
 def check_together(
     config: Config,
 ) -> Config:
@@ -114,6 +114,9 @@ def check_together(
     from aaai_lt.data.augment import augment_options
     from aaai_lt.losses.factory import make_loss
     from aaai_lt.models.heads import make_head
+    import timm
+    from aaai_lt.models import repvgg  # registers its variants
+    if not timm.is_model(config.model.split('.')[0]): raise ConfigError(f'model is {config.model!r}, which timm does not know: {nearest(config.model, timm.list_models())[:200]}')
     augment_options(config.augment, config.augment_options)
     loss = make_loss(config.loss, [1, 1], **config.loss_options)
     make_head(config.head, 2, 2, **config.head_options)

@@ -239,7 +239,7 @@ def train_step(
     if trainer.ema: trainer.ema.update(trainer.plain, step=trainer.step)
     trainer.totals = [a + b for a, b in zip(trainer.totals, torch.stack(sums).sum(0).tolist())]
 
-# %% ../../nbs/training/loop.ipynb #5ccfdfcc
+# %% ../../nbs/training/loop.ipynb #a238ff47
 @torch.no_grad()
 def predict(
     trainer: Trainer,
@@ -272,7 +272,7 @@ def judge(
     split, classes = trainer.data.splits[name], trainer.data.table.classes
     labels = torch.from_numpy(split.labels).to(logits.device)
     confusion = torch.bincount(labels * len(classes) + (logits - offset(trainer)).argmax(1), minlength=len(classes) ** 2).view(len(classes), -1)
-    return per_class(confusion.cpu().numpy(), classes, trainer.data.class_counts, describe_data(trainer.data, trainer.plain)['not_held_out'].get(name, ()))
+    return per_class(confusion.cpu().numpy(), classes, trainer.data.class_counts, trainer.data.not_held_out.get(name, ()))
 
 # %% ../../nbs/training/loop.ipynb #f1651f7f
 def interactive() -> bool:

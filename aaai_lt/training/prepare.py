@@ -63,7 +63,7 @@ def choose_input_size(
     short = table.frame[['width', 'height']].min(axis=1).median()
     return int(np.clip(round(short / 16) * 16, 32, 224))
 
-# %% ../../nbs/training/prepare.ipynb #7e16f04a
+# %% ../../nbs/training/prepare.ipynb #9358b264
 @dataclass(frozen=True)
 class Split:
     "One split, ready for training: where its pixels are, and what they show."
@@ -79,6 +79,7 @@ class Data:
     store: PixelStore
     splits: dict  # name -> Split
     class_counts: np.ndarray  # of the training split, int64, shape (classes,)
+    not_held_out: dict  # split -> names of the classes it says nothing about
     input_size: int
     hash: str
 
@@ -93,19 +94,20 @@ def prepare(
     splits = {}
     for name in ('train', 'val', 'test'):
         part = table.split(name)
-        if len(part): splits[name] = Split(store.rows(part.path), part.label.to_numpy('int64'), part.path.to_numpy(object))
+        if len(part): splits[name] = Split(store.rows(part.path), part.label.to_numpy('int64', copy=True), part.path.to_numpy(object))
     if 'train' not in splits: raise DataError(f'{table.name} has no training images')
     if 'val' not in splits and config.select != 'last': raise DataError(f"no class of {table.name} is large enough for a validation image (val_fraction={config.val_fraction}): raise val_fraction, set tiny_classes='both', or set select='last' to do without")
-    return Data(table, store, splits, table.counts('train'), size, data_hash(table))
+    blind = {name: not_held_out(table, name) for name in splits if name != 'train'}
+    return Data(table, store, splits, table.counts('train'), blind, size, data_hash(table))
 
-# %% ../../nbs/training/prepare.ipynb #d803d704
+# %% ../../nbs/training/prepare.ipynb #c7463898
 def describe_data(
     data: Data,
     model: Classifier,
 ) -> dict:
     "What later steps need to know about a run's data; written as data.json."
     return {'name': data.table.name, 'classes': list(data.table.classes), 'class_counts': data.class_counts.tolist(), 'splits': {n: len(s) for n, s in data.splits.items()},
-        'not_held_out': {n: not_held_out(data.table, n) for n in data.splits if n != 'train'}, 'hash': data.hash, 'input_size': data.input_size, 'store_size': data.store.pixels.shape[1],
+        'not_held_out': data.not_held_out, 'hash': data.hash, 'input_size': data.input_size, 'store_size': data.store.pixels.shape[1],
         'mean': list(model.mean), 'std': list(model.std)}
 
 def build_model(

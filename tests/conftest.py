@@ -1,0 +1,40 @@
+"Shared by all tests: where the image packs lie, a home of its own for each test, and the slow marker."
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_DATA = Path(os.environ.get('AAAI_LT_TEST_DATA', ROOT.parent/'shared'/'data')).resolve()
+
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='also run the tests marked slow: hundreds of kills, full-length runs')
+    parser.addoption('--recipes', action='store_true', help='run every quick recipe, and nothing else')
+    parser.addoption('--nb-flags', default='', help='nbdev test flags to run too, such as "slow gpu"')
+
+
+def pytest_collection_modifyitems(config, items):
+    slow, recipes = config.getoption('--slow'), config.getoption('--recipes')
+    chosen, left = [], []
+    for item in items:
+        fits = 'recipes' in item.keywords if recipes else 'recipes' not in item.keywords and (slow or 'slow' not in item.keywords)
+        (chosen if fits else left).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A project root of the test's own, so that no test sees another's outputs or stores."
+    monkeypatch.setenv('AAAI_LT_HOME', str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope='session')
+def pack():
+    "A folder of the image packs; the test is skipped where they are not there."
+    def find(name):
+        if not (TEST_DATA/name).is_dir(): pytest.skip(f'the image pack {name} is not under {TEST_DATA} (set AAAI_LT_TEST_DATA)')
+        return TEST_DATA/name
+    return find
