@@ -2,7 +2,13 @@
 import os
 from pathlib import Path
 
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: equality bit for bit needs equal thread counts, here and in child processes
+
 import pytest
+from hypothesis import settings
+
+settings.register_profile('steady', deadline=None, derandomize=True, max_examples=60)  # no clock, no luck: the same examples every time
+settings.load_profile('steady')
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get('AAAI_LT_TEST_DATA', ROOT.parent/'shared'/'data')).resolve()

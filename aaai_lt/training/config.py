@@ -20,13 +20,13 @@ from ..core import ConfigError, nearest, resolve
 from ..data.builtin import BUILTIN
 from ..data.decode import MAX_PIXELS
 
-# %% ../../nbs/training/config.ipynb #7de748ce
+# %% ../../nbs/training/config.ipynb #ee5c07fc
 @dataclass(frozen=True)
 class Config:
     "All settings of a training run. Make one with `make_config`, which checks it."
     name: str = ''  # the run's folder under outputs/; by default <data>-<model>-<loss>-<hash>
     data: str = 'digits'  # a folder, a CSV, a list, or a built-in set: digits, aaai-profile
-    where: str = ''  # a pandas query over the table's columns that takes a cut, such as "lt == 1"
+    where: str = ''  # a pandas query over the table's columns that takes a cut
     columns: dict = field(default_factory=dict)  # CSV columns that are not found by themselves: {'path': …, 'label': …, 'split': …}
     group: str = ''  # a column whose groups must stay on one side of the split
     val_fraction: float = 0.1  # of each class, if the data give no validation split
@@ -106,7 +106,7 @@ def check_value(
         if name == 'imbalance_factor' and 0 < value < 1: raise ConfigError(f'{name} is {value}; it must be 0 (no cut) or at least 1')
     if name == 'name' and (value != value.strip() or re.search(r'[/\\\0]', value) or value.startswith('.')): raise ConfigError(f'name is {value!r}; it is one folder under outputs/, without slashes')
 
-# %% ../../nbs/training/config.ipynb #6d68db27
+# %% ../../nbs/training/config.ipynb #fb44d5ec
 def check_together(
     config: Config,
 ) -> Config:
@@ -115,8 +115,10 @@ def check_together(
     from aaai_lt.losses.factory import make_loss
     from aaai_lt.models.heads import make_head
     import timm
+    from timm.optim import list_optimizers
     from aaai_lt.models import repvgg  # registers its variants
     if not timm.is_model(config.model.split('.')[0]): raise ConfigError(f'model is {config.model!r}, which timm does not know: {nearest(config.model, timm.list_models())[:200]}')
+    if config.optimizer not in list_optimizers(): raise ConfigError(f'optimizer is {config.optimizer!r}: {nearest(config.optimizer, list_optimizers())[:200]}')
     augment_options(config.augment, config.augment_options)
     loss = make_loss(config.loss, [1, 1], **config.loss_options)
     make_head(config.head, 2, 2, **config.head_options)

@@ -63,15 +63,13 @@ def epoch_windows(
     batches = [(a, order[a:b]) for a, b in zip(edges[:-1], edges[1:])]
     return [batches[i:i + accumulate] for i in range(0, len(batches), accumulate)]
 
-# %% ../../nbs/training/loop.ipynb #0e01cafb
+# %% ../../nbs/training/loop.ipynb #bedd4479
 def make_optimizer(
     model: nn.Module,
     config: Config,
 ) -> torch.optim.Optimizer:
-    "timm's optimizer by name; no weight decay on biases and normalisations. Raises ConfigError."
-    from timm.optim import create_optimizer_v2, list_optimizers
-    from aaai_lt.core import nearest
-    if config.optimizer not in list_optimizers(): raise ConfigError(f'optimizer is {config.optimizer!r}: {nearest(config.optimizer, list_optimizers())}')
+    "timm's optimizer by name; no weight decay on biases and normalisations."
+    from timm.optim import create_optimizer_v2
     return create_optimizer_v2(model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True)
 
 def make_schedule(
@@ -337,7 +335,7 @@ def finish(
     if tables: write_file(trainer.folder/'per_class.csv', pd.concat(tables).to_csv(index=False))
     write_json(trainer.folder/'summary.json', summary)
 
-# %% ../../nbs/training/loop.ipynb #2b62a944
+# %% ../../nbs/training/loop.ipynb #00213224
 def line(row: dict) -> str:
     "One epoch in one line."
     val = f", val balanced accuracy {row['val_balanced_accuracy']:.2%}, accuracy {row['val_accuracy']:.2%}" if row.get('val_balanced_accuracy') is not None else ''
@@ -345,6 +343,7 @@ def line(row: dict) -> str:
 
 def train(
     config: Config,  # from make_config
+    data: Data = None,  # from `prepare(quick_config(config))`, if it is at hand
     on_epoch=None,  # called after each epoch with the history so far, a frame
     stop=None,  # called after each step; if true, the run saves and raises Stopped
     say=print,  # where lines go; `lambda text: None` for silence
@@ -355,7 +354,7 @@ def train(
     if Run(folder).finished and not config.overwrite:
         say(f'{folder.name} is finished: {headline(Run(folder))}')
         return Run(folder)
-    data = prepare(config, progress=interactive())
+    data = data or prepare(config, progress=interactive())
     trainer = make_trainer(config, data, folder)
     start_folder(folder, config)
     with locked(folder, say):

@@ -1,0 +1,385 @@
+"Reading, looking at, splitting and storing images: the fault pack, every reader, and a pixel store that survives being killed."
+import json
+import os
+import random
+import shutil
+import time
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import Child, image_folder, noise
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from aaai_lt.core import DataError, StorageError
+from aaai_lt.data import pixels, scan, split, table
+from aaai_lt.data.decode import BadImage, decode
+from aaai_lt.data.longtail import cut_tail
+from aaai_lt.data.table import ImageTable, read_images
+from aaai_lt.training.config import make_config
+from aaai_lt.training.prepare import make_table
+
+FAULT_COLUMNS = {'path': 'file', 'label': 'expect'}
+
+
+# -- the 46 odd or broken files of the pack `tiny`
+
+def check_faults(tiny, stores):
+    "Each file of the fault pack is used, or listed with a reason, as faults.csv expects."
+    listed = pd.read_csv(tiny/'faults.csv')
+    read = read_images(tiny/'faults.csv', columns=FAULT_COLUMNS)
+    store, kept = pixels.build_store(scan.scan(read, progress=False), 32, folder=stores, progress=False)
+    used = set(kept.frame.path) - set(store.bad)
+    left_out = kept.problems[kept.problems.action == 'left out'].set_index('path')
+    for row in listed.itertuples():
+        path = f'faults/{row.file}'
+        if row.expect in ('ok', 'convert'):
+            assert path in used and path not in left_out.index, f'{path} should have been used'
+            if 'strip' not in path and 'one_pixel' not in path: assert store[store.row[path]].std() > 0 or 'constant' in path
+        elif row.expect == 'skip_or_ok': assert (path in used) != (path in left_out.index)
+        else:
+            assert path not in used and left_out.reason[path], f'{path} should have been left out, with a reason'
+            if row.expect in ('refuse', 'limit'): assert left_out.reason[path] == 'too large'
+    assert len(used) + len(left_out) == len(listed) == 46
+
+
+def test_fault_pack(pack, tmp_path): check_faults(pack('tiny'), tmp_path)
+
+
+def test_bad_images_fail_lists_them(pack):
+    with pytest.raises(DataError, match=r"15 images cannot be used.*truncated_half.jpg \(truncated\)"):
+        scan.scan(read_images(pack('tiny')/'faults.csv', columns=FAULT_COLUMNS), bad_images='fail', progress=False)
+
+
+def look(tiny, name): return np.asarray(decode((tiny/'faults'/name).read_bytes())).astype(float)
+
+
+@pytest.mark.parametrize('name, turned', [('exif_rotated_6.jpg', lambda a: np.rot90(a, -1)), ('exif_mirrored_5.jpg', lambda a: a.transpose(1, 0, 2))])
+def test_exif_orientation(pack, name, turned):
+    picture = look(pack('tiny'), name)
+    assert picture.shape == (90, 60, 3)
+    assert np.abs(picture - turned(look(pack('tiny'), 'ok.jpg'))).mean() < 1  # the same JPEG data, turned
+
+
+def test_sixteen_bit_grey(pack):
+    assert np.abs(look(pack('tiny'), 'gray16.png') - look(pack('tiny'), 'gray8.png')).max() <= 1
+
+
+@pytest.mark.parametrize('name, tolerance', [('cmyk.jpg', 4), ('rgb16.png', 4), ('palette.png', 9), ('palette_transparent.png', 10), ('animated.gif', 9), ('animated.webp', 6), ('multipage.tif', 4), ('progressive.jpg', 1), ('exif_broken.jpg', 0)])
+def test_colour_modes(pack, name, tolerance):
+    "Mean distance to the plain JPEG in grey levels; what is left is the loss of JPEG and palettes."
+    assert np.abs(look(pack('tiny'), name) - look(pack('tiny'), 'ok.jpg')).mean() <= tolerance
+
+
+@pytest.mark.parametrize('name', ['rgba.png', 'gray_alpha.png'])
+def test_alpha_is_laid_over_white(pack, name):
+    raw = np.asarray(Image.open(pack('tiny')/'faults'/name)).astype(float)
+    alpha = raw[..., -1:] / 255
+    assert np.abs(look(pack('tiny'), name) - (raw[..., :-1] * alpha + 255 * (1 - alpha))).max() <= 1.5
+
+
+@pytest.mark.parametrize('damage', [b'', b'\x89PNG\r\n\x1a\n', b'GIF89a', b'\xff\xd8\xff', b'BM', b'II*\x00\x08\x00\x00\x00', b'RIFF\x00\x00\x00\x00WEBP', b'P6\n1 1\n'])
+def test_headers_without_a_picture(damage):
+    with pytest.raises(BadImage): decode(damage)
+
+
+@given(st.binary(max_size=200), st.integers(0, 2 ** 31), st.sampled_from(['PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM']))
+def test_damaged_files_are_only_ever_bad_images(junk, seed, kind):
+    "Whatever is overwritten in a picture: it decodes, or it is a BadImage, never another error."
+    import io
+    file = io.BytesIO()
+    Image.linear_gradient('L').resize((24, 16)).convert('RGB').save(file, kind)
+    data = bytearray(file.getvalue())
+    at = random.Random(seed).randrange(len(data))
+    data[at:at + len(junk)] = junk
+    try: image = decode(bytes(data), max_pixels=1_000_000)
+    except BadImage as error: assert error.reason
+    else: assert image.mode == 'RGB'
+
+
+# -- the same images, kept in five ways
+
+@pytest.fixture
+def little(tmp_path):
+    "Two classes with numbers as names, `2` before `10`; images in train and in val."
+    folder = tmp_path/'nested'
+    for split_name, count in (('train', 3), ('val', 2)): image_folder(folder/split_name, {'2': count, '10': count}, size=(12 + count, 9))
+    return folder
+
+
+def rows_of(read): return sorted((r.sha1, read.classes[r.label], r.split) for r in scan.scan(read, progress=False).frame.itertuples())
+
+
+def test_readers_agree(little, tmp_path):
+    files = sorted(little.rglob('*.png'))
+    frame = pd.DataFrame({'path': [f.relative_to(little).as_posix() for f in files], 'label': [f.parent.name for f in files], 'split': [f.parent.parent.name for f in files]})
+    shutil.copytree(little, tmp_path/'csv'/'images')
+    frame.to_csv(tmp_path/'csv'/'labels.csv', index=False)
+    (tmp_path/'zip').mkdir()
+    with zipfile.ZipFile(tmp_path/'zip'/'all.zip', 'w') as archive:
+        for file, path in zip(files, frame.path): archive.write(file, path)
+    frame.rename(columns={'path': 'Filename', 'label': 'ClassId', 'split': 'subset'}).to_csv(tmp_path/'zip'/'list.csv', index=False)
+    shutil.copytree(little, tmp_path/'text')
+    (tmp_path/'text'/'all.txt').write_text('# two classes\n' + ''.join(f'{r.path} {int(r.label):04}\n' for r in frame.itertuples()))
+    for name in ('2', '10'): shutil.copytree(little/'train'/name, tmp_path/'flat'/name)
+
+    nested = rows_of(read_images(little))
+    assert len(nested) == 10 and {r[1:] for r in nested} == {('2', 'train'), ('2', 'val'), ('10', 'train'), ('10', 'val')}
+    assert rows_of(read_images(tmp_path/'csv')) == nested
+    assert rows_of(read_images(tmp_path/'zip'/'list.csv', columns={'path': 'Filename', 'label': 'ClassId'})) == nested
+    assert rows_of(read_images(tmp_path/'text'/'all.txt')) == sorted((sha1, name, '') for sha1, name, _ in nested)  # a list has no splits
+    assert rows_of(read_images(tmp_path/'flat')) == sorted((sha1, name, '') for sha1, name, split_name in nested if split_name == 'train')
+    for place in (little, tmp_path/'csv', tmp_path/'flat'): assert read_images(place).classes == ('2', '10')  # not '10', '2'
+
+
+class Backwards(list):
+    "What os.scandir gives, in another order."
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+
+
+def test_listing_order_does_not_matter(little, monkeypatch):
+    forwards, expected = os.scandir, read_images(little).frame
+    monkeypatch.setattr(os, 'scandir', lambda *folder: Backwards(reversed(list(forwards(*folder)))))
+    assert [e.name for e in os.scandir(little)] == [e.name for e in forwards(little)][::-1]
+    pd.testing.assert_frame_equal(read_images(little).frame, expected)
+
+
+def write_csv(folder, text, images=('a.png', 'b.png', 'c.png')):
+    for i, name in enumerate(images): noise(folder/name, i)
+    (folder/'labels.csv').write_text(text)
+    return folder
+
+
+def test_padded_numbers_are_one_class(tmp_path):
+    assert read_images(write_csv(tmp_path, 'path,label\na.png,0012\nb.png,12\nc.png,3\n')).classes == ('3', '12')
+
+
+def test_missing_and_repeated_rows_are_listed(tmp_path):
+    read = read_images(write_csv(tmp_path, 'path,label\na.png,x\nb.png,y\nnone.png,x\na.png,x\n'))
+    assert list(read.frame.path) == ['a.png', 'b.png']
+    assert list(zip(read.problems.path, read.problems.reason)) == [('none.png', 'missing'), ('a.png', 'listed twice')]
+
+
+@pytest.mark.parametrize('text, message', [
+    ('path,label,split\na.png,x,train\nb.png,x,trian\n', "unknown split 'trian'.*did you mean 'train'"),
+    ('path,label\na.png,x\nb.png,\n', 'no label in row 2'),
+    ('path,label\nx.png,x\ny.png,y\n', "none of its 2 images exists; the first is 'x.png'"),
+    ('picture,label\na.png,x\n', 'no column for path'),
+    ('path,label\na.png,x,1\nb.png,y,2,3\n', 'is not a CSV'),
+    ('path,label\n', 'no rows'),
+    ('', 'is not a CSV'),
+])
+def test_bad_csv(tmp_path, text, message):
+    with pytest.raises(DataError, match=message): read_images(write_csv(tmp_path, text))
+
+
+@pytest.mark.parametrize('columns, message', [({'label': 'lable'}, "no column 'lable' for label: did you mean 'label'"), ({'lable': 'label'}, "unknown role 'lable': did you mean 'label'")])
+def test_bad_columns(tmp_path, columns, message):
+    with pytest.raises(DataError, match=message): read_images(write_csv(tmp_path, 'path,label\na.png,x\n'), columns=columns)
+
+
+@pytest.mark.parametrize('text, message', [('a.png 0\nb.png\n', "entry 2 .'b.png'."), ('a.png\nb.png 1\n', 'path label'), ('\n# nothing\n', 'no lines')])
+def test_ragged_list(tmp_path, text, message):
+    write_csv(tmp_path, '')
+    (tmp_path/'all.txt').write_text(text)
+    with pytest.raises(DataError, match=message): read_images(tmp_path/'all.txt')
+
+
+def test_where(tmp_path):
+    write_csv(tmp_path, 'path,label,lt\na.png,x,1\nb.png,y,0\nc.png,z,1\n')
+    kept = read_images(tmp_path, where='lt == 1')
+    assert kept.classes == ('x', 'z') and list(kept.frame.label) == [0, 1] and list(kept.frame.path) == ['a.png', 'c.png']
+    with pytest.raises(DataError, match='leaves no image of 3'): read_images(tmp_path, where='lt == 2')
+    with pytest.raises(DataError, match='cannot be used.*Columns: path'): read_images(tmp_path, where='tl == 1')
+
+
+def test_where_must_be_a_condition(tmp_path):
+    "A column of 0 and 1 is not a condition: pandas would take its values for row numbers."
+    write_csv(tmp_path, 'path,label,lt\na.png,x,1\nb.png,y,0\nc.png,z,1\n')
+    with pytest.raises(DataError, match='lt'): read_images(tmp_path, where='lt')
+
+
+def test_copy_of_a_held_out_image_leaves_train(pack, tmp_path):
+    tiny = pack('tiny')
+    frame = pd.read_csv(tiny/'labels.csv', dtype=str).query("label in ['0', '1'] and split == 'train'")[['path', 'label', 'split']]
+    copy = pd.DataFrame({'path': ['faults/duplicate_of_train.jpg'], 'label': ['0'], 'split': ['val']})
+    for path in [*frame.path, *copy.path]:
+        (tmp_path/path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tiny/path, tmp_path/path)
+    pd.concat([frame, copy]).to_csv(tmp_path/'labels.csv', index=False)
+    clean = make_table(make_config(data=str(tmp_path)), progress=False)
+    original = 'train/0_speed_50/00000_00016.jpg'
+    assert original in set(frame.path) and original not in set(clean.frame.path) and 'faults/duplicate_of_train.jpg' in set(clean.split('val').path)
+    assert set(clean.problems.path[clean.problems.action == 'left out']) >= {original}
+
+
+def test_class_without_training_image(tmp_path):
+    write_csv(tmp_path, 'path,label,split\na.png,owl,train\nb.png,owl,val\nc.png,lynx,val\n')
+    with pytest.raises(DataError, match='no training image for 1 of 2 classes: lynx'): make_table(make_config(data=str(tmp_path)), progress=False)
+
+
+def test_bad_image_that_empties_a_class(tmp_path):
+    write_csv(tmp_path, 'path,label,split\na.png,owl,train\nb.png,owl,val\nc.png,lynx,train\n')
+    (tmp_path/'c.png').write_bytes((tmp_path/'c.png').read_bytes()[:-40])
+    with pytest.raises(DataError, match='lynx.*Unusable images: c.png'): make_table(make_config(data=str(tmp_path)), progress=False)
+
+
+def test_gtsrb(pack):
+    read = read_images(pack('gtsrb'))
+    assert len(read.classes) == 43 and (read.counts('train').sum(), read.counts('val').sum()) == (10_420, 2_640)
+    assert (read.counts('train').max(), read.counts('train').min()) == (600, 50) and not len(read.problems)
+    assert read_images(pack('gtsrb'), where="lt == 1 or split == 'val'").counts('train').sum() == 6_045
+
+
+# -- splits
+
+def plain_table(counts, groups=None):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    frame = pd.DataFrame({'path': [f'{c}/{i:04}.png' for c, n in enumerate(counts) for i in range(n)], 'archive': '', 'label': labels, 'split': ''})
+    if groups is not None: frame['group'] = groups
+    return ImageTable(frame, tuple(map(str, range(len(counts)))), root='.')
+
+
+def shuffled(whole, seed=1): return whole.with_frame(whole.frame.sample(frac=1, random_state=seed))
+def members(parts): return {name: set(parts.split(name).path) for name in ('train', 'val', 'test')}
+
+
+COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
+
+
+@given(COUNTS, st.integers(0, 45), st.integers(0, 45), st.integers(0, 99), st.sampled_from(['train', 'both']))
+def test_split_sizes(counts, val, test, seed, tiny):
+    "Held-out images of each class by the floor rule, in whole per cent so that the rule is integer arithmetic here."
+    whole = plain_table(counts)
+    parts = split.split_table(whole, val / 100, test / 100, seed, tiny_classes=tiny)
+    n, by_split = np.array(counts), members(parts)
+    wanted_val = n * val // 100
+    both = (wanted_val == 0) & (wanted_val.sum() > 0) & (tiny == 'both')
+    assert parts.counts('test').tolist() == (n * test // 100).tolist()
+    assert parts.counts('train').tolist() == (n - n * test // 100 - wanted_val).tolist()
+    assert parts.counts('val').tolist() == np.where(both, parts.counts('train'), wanted_val).tolist()
+    assert set.union(*by_split.values()) == set(whole.frame.path)
+    shared = by_split['train'] & by_split['val']
+    assert not (by_split['test'] & (by_split['train'] | by_split['val'])) and {int(p.split('/')[0]) for p in shared} == set(np.flatnonzero(both))
+    assert set(split.not_held_out(parts)) == {str(c) for c in np.flatnonzero(wanted_val == 0)}
+    assert members(split.split_table(shuffled(whole), val / 100, test / 100, seed, tiny_classes=tiny)) == by_split  # the order of the rows is no matter
+
+
+def test_split_seed_matters():
+    assert members(split.split_table(plain_table([60, 30]), seed=0)) != members(split.split_table(plain_table([60, 30]), seed=1))
+
+
+def test_given_splits_are_kept():
+    frame = plain_table([20, 20]).frame
+    frame['split'] = ['val' if i % 4 == 0 else 'train' for i in range(40)]
+    parts = split.split_table(plain_table([20, 20]).with_frame(frame), val_fraction=0.5, test_fraction=0.2)
+    assert set(parts.split('val').path) == set(frame.path[frame.split == 'val'])
+    assert parts.counts('test').tolist() == [3, 3]  # a fifth of the 15 that were free
+
+
+@given(COUNTS, st.integers(5, 45), st.integers(1, 12), st.integers(0, 99), st.booleans())
+def test_groups_are_never_torn(counts, val, size, seed, across):
+    "Groups of `size` images, inside a class or across neighbouring classes."
+    labels = np.repeat(np.arange(len(counts)), counts)
+    inside = np.concatenate([np.arange(n) // size for n in counts])
+    groups = [f'g{i // size}' for i in range(len(labels))] if across else [f'g{c}-{i}' for c, i in zip(labels, inside)]
+    whole = plain_table(counts, groups)
+    parts = split.split_table(whole, val / 100, 0, seed, group='group')
+    assert (parts.frame.groupby('group').split.nunique() == 1).all()
+    assert (parts.counts('train') > 0).all(), 'a class has lost all its groups'
+    assert members(split.split_table(shuffled(whole), val / 100, 0, seed, group='group')) == members(parts)
+
+
+@given(COUNTS, st.floats(1, 200), st.integers(0, 99))
+def test_cut_tail(counts, factor, seed):
+    whole = plain_table(counts)
+    whole = split.split_table(whole, 0.2, 0)
+    cut = cut_tail(whole, factor, seed)
+    before, after, last = whole.counts(), cut.counts(), len(counts) - 1
+    order = np.argsort(-before, kind='stable')
+    for place, c in enumerate(order):
+        ideal = before[order[0]] * factor ** (-place / max(last, 1))
+        assert after[c] <= before[c] and (after[c] == before[c] or abs(after[c] - max(ideal, 1)) < 1 + 1e-6)
+        assert after[c] <= max(ideal, 1) + 1e-6
+    assert after[order[0]] == before[order[0]] and (after > 0).all() and (np.diff(after[order]) <= 0).all()
+    assert members(cut)['val'] == members(whole)['val'] and members(cut)['train'] <= members(whole)['train']
+    assert members(cut_tail(whole, factor, seed)) == members(cut)
+
+
+# -- the pixel store
+
+def scanned(folder): return scan.scan(read_images(folder), progress=False)
+def built(folder, stores, size=16, how='squash', **options): return pixels.build_store(scanned(folder), size, how, folder=stores, progress=False, **options)[0]
+
+
+def test_store_key(tmp_path):
+    "The key tells apart all that changes the pixels, and nothing else."
+    folder, stores = image_folder(tmp_path/'a', {'x': 3, 'y': 2}), tmp_path/'stores'
+    first = built(folder, stores).folder
+    shutil.copytree(folder, tmp_path/'elsewhere')
+    assert built(tmp_path/'elsewhere', stores).folder == first  # the same images in another place
+    assert len({built(folder, stores, **change).folder for change in ({}, {'size': 17}, {'how': 'crop'}, {'max_pixels': 10_000})}) == 4
+    other_order = scanned(folder)
+    other_order = other_order.with_frame(other_order.frame[::-1])
+    reversed_store, _ = pixels.build_store(other_order, 16, folder=stores, progress=False)
+    assert reversed_store.folder != first and np.array_equal(reversed_store[reversed_store.rows(other_order.frame.path)][::-1], built(folder, stores).pixels)
+    noise(folder/'x'/'000.png', 99)
+    assert built(folder, stores).folder != first
+
+
+def build_in_child(folder, stores, size):
+    from aaai_lt.data import pixels, scan
+    from aaai_lt.data.table import read_images
+    pixels.build_store(scan.scan(read_images(folder), progress=False), size, folder=stores, workers=1, progress=False)
+
+
+def check_killed_store(tmp_path, kills, images=300):
+    "Killed while it writes, however often: then built right, and nothing half done stays."
+    folder, stores, random_times = image_folder(tmp_path/'set', {'x': images // 2, 'y': images // 2}, (160, 120), '.jpg'), tmp_path/'stores', random.Random(7)
+    hit = 0
+    for _ in range(kills):
+        child = Child(tmp_path, build_in_child, folder, stores, 48)
+        child.wait_for(lambda: list(stores.glob('*.tmp/pixels.npy')))
+        time.sleep(random_times.random() * 0.15)
+        hit += child.kill() < 0 and not any(p.suffix != '.tmp' for p in stores.iterdir())
+        for whole in (p for p in stores.iterdir() if p.suffix != '.tmp'): pixels.open_store(whole)
+    assert hit, 'no kill came in time: the test shows nothing'
+    store = built(folder, stores, 48)
+    assert not list(stores.glob('*.tmp')), 'the halves of killed processes are still there'
+    assert np.array_equal(store.pixels, built(folder, tmp_path/'clean', 48).pixels)
+
+
+def test_killed_while_storing(tmp_path): check_killed_store(tmp_path, kills=3)
+
+
+@pytest.mark.slow
+def test_killed_while_storing_often(tmp_path): check_killed_store(tmp_path, kills=40)
+
+
+def test_two_processes_store_at_once(tmp_path):
+    folder, stores = image_folder(tmp_path/'set', {'x': 60, 'y': 60}, (120, 90), '.jpg'), tmp_path/'stores'
+    children = [Child(tmp_path, build_in_child, folder, stores, 40) for _ in range(2)]
+    assert [child.wait() for child in children] == [0, 0], children[0].text() + children[1].text()
+    assert len(list(stores.iterdir())) == 1
+    assert np.array_equal(built(folder, stores, 40).pixels, built(folder, tmp_path/'clean', 40).pixels)
+
+
+def shorten(file): file.write_bytes(file.read_bytes()[:-1])
+def blank(file): file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize('name', ['pixels.npy', 'meta.json'])
+@pytest.mark.parametrize('damage', [shorten, blank, lambda file: file.unlink(), lambda file: file.write_bytes(b'{}')], ids=['shortened', 'zeros', 'deleted', 'emptied'])
+def test_damaged_store(tmp_path, name, damage):
+    folder = image_folder(tmp_path/'set', {'x': 3})
+    place = built(folder, tmp_path/'stores').folder
+    damage(place/name)
+    with pytest.raises(StorageError, match=place.name): built(folder, tmp_path/'stores')
+
+
+def test_store_needs_room(tmp_path):
+    with pytest.raises(StorageError, match='free'): built(image_folder(tmp_path/'set', {'x': 3}), tmp_path/'stores', size=10_000_000)

@@ -1,0 +1,123 @@
+"The tests can fail: a fault is put into the library, and the check that should find it must. (The checks pass without the fault: their own files run them.)"
+from contextlib import contextmanager
+
+import pytest
+import test_augment
+import test_checkpoint
+import test_data
+import test_faults
+from test_faults import trainer, warm, reference  # fixtures
+
+from aaai_lt.core import StorageError, Stopped
+from aaai_lt.data import augment, scan
+from aaai_lt.training import checkpoint, loop, run
+
+
+@contextmanager
+def found():
+    "The check inside fails, by one of its own assertions."
+    with pytest.raises((AssertionError, pytest.fail.Exception)): yield
+
+
+def test_unchecked_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'read_checked', lambda place, name, facts: (place/name).read_bytes())
+    with found(): test_checkpoint.check_damage(tmp_path)
+
+
+def test_checkpoint_in_place(tmp_path, monkeypatch):
+    "Written straight into its folder instead of beside it."
+    def save(folder, step, tensors, values, keep=2, disk=None):
+        place = folder/f'step-{step:08}'
+        place.mkdir(parents=True)
+        disk = disk or checkpoint.DISK
+        disk.write(place/'tensors.safetensors', checkpoint.tensor_bytes(tensors))
+        disk.write(place/'state.json', b'{}')
+        return place
+    monkeypatch.setattr(checkpoint, 'save_checkpoint', save)
+    with found(): test_checkpoint.check_death_in_save(tmp_path, 'after')
+
+
+def test_swallowed_storage_error(tmp_path, monkeypatch):
+    save = checkpoint.save_checkpoint
+    def careless(folder, step, *arguments, **options):
+        try: return save(folder, step, *arguments, **options)
+        except StorageError: return folder/f'step-{step:08}'
+    monkeypatch.setattr(checkpoint, 'save_checkpoint', careless)
+    with found(): test_checkpoint.check_storage_error(tmp_path, 28, 'before')
+
+
+def test_no_sync(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.Disk, 'sync', lambda self, folder: None)
+    class Hasty(checkpoint.Disk): pass
+    save = checkpoint.save_checkpoint
+    def hasty(*arguments, disk=None, **options):
+        disk.sync = lambda folder: None
+        return save(*arguments, disk=disk, **options)
+    monkeypatch.setattr(checkpoint, 'save_checkpoint', hasty)
+    with pytest.raises((AssertionError, ValueError)): test_checkpoint.check_durable_order(tmp_path)
+
+
+def forgetting(*names):
+    "A restore that leaves these at their fresh values."
+    restore = loop.restore
+    def forgetful(trainer, say=print):
+        fresh = {name: getattr(trainer, name) for name in names if name != 'ema'}
+        there = restore(trainer, say)
+        for name, value in fresh.items(): setattr(trainer, name, value)
+        if 'ema' in names and there: trainer.ema.module.load_state_dict(trainer.plain.state_dict())
+        return there
+    return forgetful
+
+
+@pytest.mark.parametrize('name', ['ema', 'totals'])
+def test_forgotten_state(home, monkeypatch, name):
+    monkeypatch.setattr(loop, 'restore', forgetting(name))
+    with found(): test_faults.check_resumes(home, [3], epochs=2, batch_size=64)
+
+
+def test_forgotten_seed_of_the_step(home, monkeypatch):
+    "Dropout that goes on from wherever the process' generator stands."
+    monkeypatch.setattr(loop.torch, 'manual_seed', lambda seed, real=loop.torch.manual_seed: real(seed) if seed == 0 else None)
+    with found(): test_faults.check_resumes(home, [3], epochs=1, batch_size=64, warmup_epochs=0.0)
+
+
+def test_forgotten_best(warm, monkeypatch):
+    monkeypatch.setattr(loop, 'restore', forgetting('best'))
+    with found(): test_faults.check_best_is_kept(warm, monkeypatch)
+
+
+def test_same_order_in_every_epoch(monkeypatch):
+    order = loop.epoch_order
+    monkeypatch.setattr(loop, 'epoch_order', lambda labels, sampler, seed, epoch: order(labels, sampler, seed, 0))
+    with found(): test_faults.check_order()
+
+
+def test_same_draws_in_every_epoch(monkeypatch):
+    draws = augment.draws
+    monkeypatch.setattr(augment, 'draws', lambda seed, epoch, positions, count=24: draws(seed, 0, positions, count))
+    with found(): test_augment.check_draws_vary()
+
+
+def test_bad_images_let_through(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, 'check_whole', lambda data, image: None)
+    monkeypatch.setattr('aaai_lt.data.decode.ImageFile.LOAD_TRUNCATED_IMAGES', True, raising=False)
+    monkeypatch.setattr('PIL.ImageFile.LOAD_TRUNCATED_IMAGES', True)
+    with found(): test_data.check_faults(pack('tiny'), tmp_path)
+
+
+@pytest.mark.parametrize('poison, what', [(test_faults.poison_loss, 'loss'), (test_faults.poison_gradient, 'gradient')])
+def test_no_look_at_the_loss(trainer, monkeypatch, poison, what):
+    monkeypatch.setattr(loop, 'check_finite', lambda *arguments: True)
+    with found(): test_faults.check_diverged(trainer, poison, what)
+
+
+def test_no_lock(warm, monkeypatch):
+    @contextmanager
+    def unlocked(folder, say=print): yield
+    monkeypatch.setattr(loop, 'locked', unlocked)
+    with found(): test_faults.check_training_locks(warm)
+
+
+def test_lock_that_holds_nobody_off(tmp_path, monkeypatch):
+    monkeypatch.setattr('fcntl.flock', lambda file, how: None)
+    with found(): test_faults.check_lock(tmp_path/'run')

@@ -1,0 +1,20 @@
+"Every recipe that ships is read by the settings' check, and runs with quick=True."
+import pytest
+from aaai_lt.core import packaged, recipe
+from aaai_lt.training.config import make_config
+
+RECIPES = list(packaged('recipes'))
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe_is_valid(name): make_config(**recipe(name))
+
+
+@pytest.mark.recipes
+@pytest.mark.parametrize('name', RECIPES)
+def test_quick_recipe(name, home):
+    from test_train import papermill, report
+    from conftest import ROOT
+    code, output = papermill(home, 'train.ipynb', '-f', str(ROOT/'nbs'/'recipes'/f'{name}.yaml'), '-p', 'quick', 'True', '-p', 'name', 'q')
+    assert code == 0, output[-3000:]
+    assert 'quick run' in report(home)

@@ -1,0 +1,113 @@
+"The main job as its users start it: papermill, YAML, code and the command line, and all of it again after a kill."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+SHORT = ['-p', 'epochs', '2', '-p', 'warmup_epochs', '0.5']
+
+
+def papermill(home, notebook, *words, wait=True):
+    "Start papermill as a user does, with a home of its own."
+    env = os.environ | {'AAAI_LT_HOME': str(home), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    command = [sys.executable, '-m', 'papermill', str(ROOT/'nbs'/notebook), str(home/'out.ipynb'), '--no-progress-bar', *words]
+    process = subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    if not wait: return process
+    output, _ = process.communicate(timeout=280)
+    return process.returncode, output
+
+
+def report(home):
+    "All text of an executed notebook."
+    cells = json.loads((home/'out.ipynb').read_text())['cells']
+    return '\n'.join(''.join(o.get('text', [])) + ''.join(o.get('data', {}).get('text/plain', [])) + '\n'.join(o.get('traceback', [])) for c in cells for o in c.get('outputs', []))
+
+
+def test_main_job_writes_a_run_that_can_be_read_without_torch(home):
+    code, output = papermill(home, 'train.ipynb', *SHORT, '-p', 'name', 'mine')
+    assert code == 0, output[-3000:]
+    folder = home/'outputs'/'mine'
+    assert {p.name for p in folder.iterdir()} >= {'config.yaml', 'environment.json', 'data.json', 'problems.csv', 'history.csv', 'checkpoint', 'best.safetensors', 'predictions', 'per_class.csv', 'summary.json', 'model.onnx'}
+    text = report(home)
+    assert 'finished: test: balanced accuracy' in text and 'agreement' in text
+    script = '''
+import sys
+from aaai_lt.training.run import load_run
+run = load_run("mine")
+p = run.predictions("test")
+assert len(run.history) == 2 and len(run.per_class) == 20 and p.scores.shape == (719, 10) and len(p.targets) == 719
+print(run.summary["test"]["balanced_accuracy"], (p.scores.argmax(1) == p.targets).mean(), "torch" in sys.modules)
+'''
+    done = subprocess.run([sys.executable, '-c', script], env=os.environ | {'AAAI_LT_HOME': str(home)}, cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    balanced, accuracy, torch_loaded = done.stdout.split()
+    assert torch_loaded == 'False'
+    table = pd.read_csv(folder/'per_class.csv')
+    test = table[table.split == 'test']
+    assert np.isclose(float(balanced), test.accuracy.mean()) and np.isclose(float(accuracy), test.correct.sum() / test.support.sum())
+
+
+def test_a_killed_notebook_goes_on_to_the_same_weights(home, tmp_path_factory):
+    "Papermill and its kernel are killed in mid-run; the same command ends with the weights of a run that nobody killed."
+    from aaai_lt.training.config import make_config
+    from aaai_lt.training.loop import train
+    import torch
+    process = papermill(home, 'train.ipynb', '-p', 'name', 'killed', '-p', 'epochs', '6', wait=False)
+    deadline = time.time() + 200
+    while not len(list((home/'outputs'/'killed'/'checkpoint').glob('step-*[0-9]'))) and time.time() < deadline and process.poll() is None: time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(['pkill', '-9', '-f', str(home)], check=False)  # the kernel has a process group of its own
+    process.wait()
+    done = json.loads((sorted((home/'outputs'/'killed'/'checkpoint').glob('step-*[0-9]'))[-1]/'state.json').read_text())
+    assert 0 < done['step'] < 30, 'the kill came too late to show anything'
+    for _ in range(50):  # until the killed kernel has let go of the lock
+        code, output = papermill(home, 'train.ipynb', '-p', 'name', 'killed', '-p', 'epochs', '6')
+        if 'is in use' not in output: break
+        time.sleep(1)
+    assert code == 0, output[-3000:]
+    assert 'continuing killed' in report(home)
+    other = tmp_path_factory.mktemp('whole')
+    script = 'from aaai_lt.training.config import make_config; from aaai_lt.training.loop import train; train(make_config(name="whole", epochs=6))'
+    subprocess.run([sys.executable, '-c', script], env=os.environ | {'AAAI_LT_HOME': str(other), 'OMP_NUM_THREADS': '1'}, cwd=other, check=True, capture_output=True)
+    assert (home/'outputs'/'killed'/'best.safetensors').read_bytes() == (other/'outputs'/'whole'/'best.safetensors').read_bytes()
+
+
+def test_mistakes_under_papermill_are_exit_1_with_the_reason(home):
+    for words, reason in ((['-p', 'epoch', '3'], "did you mean 'epochs'?"), (['-p', 'quick', 'falsch'], 'quick is')):
+        code, output = papermill(home, 'train.ipynb', *words)
+        assert code == 1 and reason in output
+    assert not (home/'outputs').exists() or not list((home/'outputs').iterdir())
+
+
+def test_the_command_line_reads_a_recipe(home):
+    env = os.environ | {'AAAI_LT_HOME': str(home), 'OMP_NUM_THREADS': '1'}
+    def launch(*words): return subprocess.run([sys.executable, '-m', 'aaai_lt.training.launch', *words], cwd=home, env=env, capture_output=True, text=True)
+    refused = launch('gtsrb')
+    assert refused.returncode == 2 and 'data is not set' in refused.stderr and 'quick True' in refused.stderr
+    done = launch('gtsrb', 'quick=True', 'epochs=1', 'name=q')
+    assert done.returncode == 0, done.stderr
+    assert 'quick run' in done.stdout
+    again = launch('gtsrb', 'quick=True', 'epochs=1', 'name=q')
+    assert again.returncode == 0 and 'q is finished' in again.stdout
+    assert 'settings:' in launch('--help').stdout
+
+
+def test_tiny_pack_trains_with_its_faults_listed(home, pack):
+    "Real images of 25 to 130 px with a steep tail: read, scanned, trained, exported."
+    from aaai_lt.hardware.export import export_run
+    from aaai_lt.training.config import make_config
+    from aaai_lt.training.loop import train
+    from aaai_lt.training.prepare import prepare
+    config = make_config(name='tiny', data=str(pack('tiny')/'labels.csv'), model='repvgg_n1', input_size=32, epochs=2, device='cpu')
+    data = prepare(config, progress=False)
+    assert list(data.class_counts) == [120, 80, 54, 36, 24, 16, 11, 7, 5, 3]
+    run = train(config, data=data, say=lambda text: None)
+    comparison = export_run(run, data.table)
+    assert (comparison.agreement >= 0.999).all() and list(comparison.batch) == [1, 7]
