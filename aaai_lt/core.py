@@ -13,23 +13,27 @@ import os
 from importlib import resources
 from pathlib import Path
 
-# %% ../nbs/core.ipynb #c46eac6a
+# %% ../nbs/core.ipynb #f39a98b7
 class ConfigError(ValueError):
     "A setting that is unknown, ill-typed or impossible. Exit code 2."
     exit_code = 2
 
+# %% ../nbs/core.ipynb #a6217bb1
 class DataError(ValueError):
     "Data that cannot be used as they are: files, labels or splits. Exit code 3."
     exit_code = 3
 
+# %% ../nbs/core.ipynb #a22b2499
 class DivergedError(ArithmeticError):
     "A loss or a gradient that is not finite. Exit code 4."
     exit_code = 4
 
+# %% ../nbs/core.ipynb #c52d4c0d
 class StorageError(OSError):
     "A file that could not be written or is not what was written. Exit code 5."
     exit_code = 5
 
+# %% ../nbs/core.ipynb #c103c3d6
 class Stopped(Exception):
     "Stopped from outside after saving: the same command goes on. Exit code 75."
     exit_code = 75
@@ -64,7 +68,7 @@ def resolve(
         if place.exists(): return place.resolve()
     raise FileNotFoundError(f'{str(path)!r} does not exist; tried {" and ".join(map(str, dict.fromkeys(tried)))}')
 
-# %% ../nbs/core.ipynb #049d4075
+# %% ../nbs/core.ipynb #bc6fdfe1
 def packaged(
     kind: str,  # 'tables' or 'recipes'
 ) -> dict:  # name -> readable file
@@ -72,13 +76,14 @@ def packaged(
     folder = resources.files('aaai_lt')/kind
     return {f.name.rsplit('.', 1)[0]: f for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(('.csv', '.yaml'))}
 
+# %% ../nbs/core.ipynb #2de9faf3
 def packaged_file(kind: str, name: str):
     "One packaged file. Raises FileNotFoundError that names the nearest."
     files = packaged(kind)
     if name not in files: raise FileNotFoundError(f'no {kind.removesuffix("s")} {name!r}: {nearest(name, files)}')
     return files[name]
 
-# %% ../nbs/core.ipynb #edf5c18e
+# %% ../nbs/core.ipynb #35aec47b
 def table(
     name: str,  # such as 'aaai_per_class'
 ):  # -> pandas.DataFrame
@@ -86,6 +91,7 @@ def table(
     import pandas as pd
     with packaged_file('tables', name).open(encoding='utf-8') as file: return pd.read_csv(file)
 
+# %% ../nbs/core.ipynb #3c44c34e
 def recipe(
     name: str,  # such as 'gtsrb'
 ) -> dict:  # settings by name
@@ -93,7 +99,7 @@ def recipe(
     import yaml
     return yaml.safe_load(packaged_file('recipes', name).read_text(encoding='utf-8')) or {}
 
-# %% ../nbs/core.ipynb #817bd388
+# %% ../nbs/core.ipynb #1e411bca
 class Disk:
     "The file operations that checkpoints and results are made of, each a point where a crash may happen."
     def write(self, path, data: bytes):
@@ -111,9 +117,10 @@ class Disk:
         import shutil
         shutil.rmtree(folder)
 
+# %% ../nbs/core.ipynb #ac221fb8
 DISK = Disk()
 
-# %% ../nbs/core.ipynb #bf23362a
+# %% ../nbs/core.ipynb #d665f37d
 def write_file(
     path,  # where
     data,  # bytes, or text (written as UTF-8)
@@ -130,6 +137,7 @@ def write_file(
         beside.unlink(missing_ok=True)
         raise StorageError(error.errno, f'could not write {path}: {error.strerror or error}') from error
 
+# %% ../nbs/core.ipynb #8e172e78
 def write_json(path, value, disk: Disk = None):
     "Write `value` as indented JSON, as `write_file` writes."
     write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + '\n', disk)

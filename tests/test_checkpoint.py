@@ -27,7 +27,9 @@ def save(folder, step, disk=None): return checkpoint.save_checkpoint(folder, ste
 
 def check_holds(folder, steps, say=lambda text: None):
     "What is loaded is the whole of one of these steps."
-    step, tensors, values = checkpoint.load_checkpoint(folder, say)
+    found = checkpoint.load_checkpoint(folder, say)
+    assert found is not None, 'there is no checkpoint'
+    step, tensors, values = found
     assert step in steps and values == values_of(step)
     assert tensors.keys() == tensors_of(step).keys() and all(torch.equal(t, tensors_of(step)[n]) for n, t in tensors.items())
     return step
@@ -197,7 +199,7 @@ def check_damage(tmp_path, flips=200, cuts=50):
     assert len(whole) == 3
     def attempt(file, data):
         file.write_bytes(data) if data is not None else file.unlink()
-        try: refused(tmp_path, file.name)
+        try: refused(tmp_path, file.name, *(checkpoint.FILES if file.name == 'MANIFEST.json' else ()))  # a wrong sum in the manifest speaks against the file it is of
         finally: file.write_bytes(whole[file])
     for _ in range(flips):
         file, data = random_damage.choice([*whole.items()])

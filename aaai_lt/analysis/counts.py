@@ -17,9 +17,10 @@ from ..data.decode import decode
 from ..data.longtail import BANDS, bands
 from ..data.table import ImageTable, read_bytes
 
-# %% ../../nbs/analysis/counts.ipynb #a8005d76
+# %% ../../nbs/analysis/counts.ipynb #3e225c25
 BAND_COLOURS = {'many': '#4c72b0', 'medium': '#dd8452', 'few': '#c44e52'}
 
+# %% ../../nbs/analysis/counts.ipynb #f408d9de
 def plot_counts(
     class_counts,  # training images of each class, shape (classes,)
     classes=None,  # names, shown when there are at most 60
@@ -53,7 +54,7 @@ def band_table(
     frame.columns = ['classes', 'images', 'smallest', 'largest']
     return frame.assign(share=(frame.images / counts.sum()).round(3))
 
-# %% ../../nbs/analysis/counts.ipynb #15289e97
+# %% ../../nbs/analysis/counts.ipynb #a56e7d0a
 def read_image(
     table: ImageTable,
     row,  # of its frame: path and archive
@@ -61,6 +62,7 @@ def read_image(
     "One image of a table, upright and in RGB."
     return decode(read_bytes(table.root, row.archive, row.path), max_pixels=10 ** 9)
 
+# %% ../../nbs/analysis/counts.ipynb #934dcb16
 def sample_grid(
     table: ImageTable,
     head: int = 3,  # of the largest classes

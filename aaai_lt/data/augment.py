@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core import ConfigError, nearest
 
-# %% ../../nbs/data/augment.ipynb #10c7c7dd
+# %% ../../nbs/data/augment.ipynb #230ae489
 def splitmix(
     counter: np.ndarray,  # uint64
 ) -> np.ndarray:  # uint64, of the same shape
@@ -25,6 +25,7 @@ def splitmix(
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
+# %% ../../nbs/data/augment.ipynb #5d840c7e
 def draws(
     seed: int,
     epoch: int,
@@ -37,7 +38,7 @@ def draws(
     bits = splitmix(row + np.arange(count, dtype='uint64') * np.uint64(0x9E3779B97F4A7C15))
     return torch.from_numpy((bits >> np.uint64(40)).astype('float32') / np.float32(2 ** 24))
 
-# %% ../../nbs/data/augment.ipynb #1fdc21d7
+# %% ../../nbs/data/augment.ipynb #e9cfd8ef
 OPTIONS = {'scale': [1.0, 1.0], 'ratio': [1.0, 1.0], 'rotate': 0.0, 'shear': 0.0, 'hflip': 0.0, 'vflip': 0.0,
            'brightness': 0.0, 'contrast': 0.0, 'saturation': 0.0, 'erase': 0.0, 'mixup': 0.0, 'cutmix': 0.0}
 AUGMENT = {
@@ -46,6 +47,7 @@ AUGMENT = {
     'standard': {'scale': [0.35, 1.0], 'ratio': [0.75, 1.333], 'rotate': 10.0, 'hflip': 0.5, 'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'erase': 0.25},
 }
 
+# %% ../../nbs/data/augment.ipynb #ca19582f
 def augment_options(
     name: str,  # of AUGMENT
     changes: dict = None,  # options that differ from the named setting
@@ -61,7 +63,7 @@ def augment_options(
         if key in ('hflip', 'vflip', 'erase') and value > 1: raise ConfigError(f'augment_options: {key} is a probability, not {value!r}')
     return OPTIONS | AUGMENT[name] | (changes or {})
 
-# %% ../../nbs/data/augment.ipynb #56f68bbb
+# %% ../../nbs/data/augment.ipynb #34d0dc4a
 def affine(
     u: Tensor,  # draws, shape (B, at least 8)
     options: dict,
@@ -78,6 +80,7 @@ def affine(
     turn = torch.stack([torch.stack([cos, -sin + cos * shear.tan()], 1), torch.stack([sin, cos + sin * shear.tan()], 1)], 1)
     return torch.cat([turn * torch.stack([width * flip_x, height * flip_y], 1)[:, None], centre[:, :, None]], 2)
 
+# %% ../../nbs/data/augment.ipynb #b2e6713a
 def warp(
     pixels: Tensor,  # uint8, shape (B, S, S, 3)
     u: Tensor,  # draws
@@ -91,6 +94,7 @@ def warp(
     grid = F.affine_grid(affine(u, options), (len(images), 3, size, size), align_corners=False)
     return F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=False)
 
+# %% ../../nbs/data/augment.ipynb #badee5b1
 def resize(
     images: Tensor,  # float32, shape (B, 3, S, S)
     size: int,
@@ -98,9 +102,10 @@ def resize(
     "To another size with antialiasing; nothing to do if it is the same."
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode='bilinear', antialias=True, align_corners=False)
 
-# %% ../../nbs/data/augment.ipynb #59b92a7a
+# %% ../../nbs/data/augment.ipynb #feef4bc3
 GREY = (0.299, 0.587, 0.114)
 
+# %% ../../nbs/data/augment.ipynb #30880cb7
 def colour(
     images: Tensor,  # float32 in [0, 255], shape (B, 3, H, W)
     u: Tensor,  # draws, columns 8 to 10 are used
@@ -118,6 +123,7 @@ def colour(
     out = torch.baddbmm(shift[:, :, None], matrix, images.flatten(2)).view_as(images)
     return out.clamp_(((0 - mean) / std)[:, None, None], ((1 - mean) / std)[:, None, None])
 
+# %% ../../nbs/data/augment.ipynb #b6c1e27c
 def normalise(
     images: Tensor,  # float32 in [0, 255], shape (B, 3, H, W)
     mean: Tensor,
@@ -126,7 +132,7 @@ def normalise(
     "(x / 255 - mean) / std"
     return torch.addcmul((-mean / std)[:, None, None], images, (1 / (255 * std))[:, None, None])
 
-# %% ../../nbs/data/augment.ipynb #09112419
+# %% ../../nbs/data/augment.ipynb #9cf70d9e
 def box(
     u: Tensor,  # draws: ratio, x, y; shape (B, 3)
     area: Tensor,  # share of the image, shape (B,)
@@ -140,6 +146,7 @@ def box(
     at = (torch.arange(size, device=u.device) + 0.5) / size
     return (((at - x[:, None]).abs() <= half_w[:, None])[:, None, None, :] & ((at - y[:, None]).abs() <= half_h[:, None])[:, None, :, None])
 
+# %% ../../nbs/data/augment.ipynb #686b0c1a
 def erase(
     images: Tensor,  # normalised, shape (B, 3, H, H)
     u: Tensor,  # draws, columns 11 to 15 are used
@@ -168,7 +175,7 @@ def mix(
     other_share = weight.mean((1, 2, 3))[:, None]
     return torch.lerp(images, images.roll(-1, 0), weight), torch.lerp(targets, targets.roll(-1, 0), other_share)
 
-# %% ../../nbs/data/augment.ipynb #b5892a50
+# %% ../../nbs/data/augment.ipynb #8e16be5c
 def augment_batch(
     pixels: Tensor,  # uint8 on the device, shape (B, S, S, 3)
     targets: Tensor,  # int64 (B,), or float (B, C)
@@ -189,6 +196,7 @@ def augment_batch(
         images, targets = mix(images, targets, u, options['mixup'], options['cutmix'])
     return images, targets
 
+# %% ../../nbs/data/augment.ipynb #aa67e656
 def eval_batch(
     pixels: Tensor,  # uint8 on the device, shape (B, S, S, 3)
     input_size: int,

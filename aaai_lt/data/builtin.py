@@ -93,12 +93,13 @@ def write_set(
         if not folder.exists(): raise
         shutil.rmtree(beside)
 
-# %% ../../nbs/data/builtin.ipynb #a2881ad6
+# %% ../../nbs/data/builtin.ipynb #eed5b85c
 def write_digits(folder: Path, scale: float = 1.0):
     "The digits as files."
     images, frame = digit_rows()
     write_set(folder, frame, map(Image.fromarray, images))
 
+# %% ../../nbs/data/builtin.ipynb #a1492506
 def write_profile(folder: Path, scale: float = 0.05):
     "The drawn signs as files; each class has its count of the 89-class set times `scale`, at least 2."
     counts = np.maximum((table('aaai_per_class').total * scale).round().astype(int), 2)
@@ -107,6 +108,7 @@ def write_profile(folder: Path, scale: float = 0.05):
     frame = pd.DataFrame({'path': [f'{c:02}/{i:04}.jpg' for c, i in zip(labels, number)], 'label': labels})
     write_set(folder, frame, (draw_sign(c, np.random.default_rng([c, i])) for c, i in zip(labels, number)), 'JPEG')
 
+# %% ../../nbs/data/builtin.ipynb #d9b8a16d
 BUILTIN = {'digits': write_digits, 'aaai-profile': write_profile}
 
 # %% ../../nbs/data/builtin.ipynb #1c9706cd

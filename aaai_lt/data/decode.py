@@ -14,15 +14,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..core import DataError
 
-# %% ../../nbs/data/decode.ipynb #253a3b70
+# %% ../../nbs/data/decode.ipynb #cd236275
 class BadImage(DataError):
     "An image that is left out. `reason` is one of a few words, the message tells more."
     def __init__(self, reason: str, detail: str = ''):
         super().__init__(f'{reason}: {detail}' if detail else reason)
         self.reason, self.detail = reason, detail
 
+# %% ../../nbs/data/decode.ipynb #1d78ec82
 MAX_PIXELS = 50_000_000  # 150 MB as RGB
 
+# %% ../../nbs/data/decode.ipynb #cdb1cbfa
 def open_image(
     data: bytes,  # the file's content
     max_pixels: int = MAX_PIXELS,  # refused above this, by the header
@@ -63,7 +65,7 @@ def check_whole(
     elif image.format == 'GIF' and b'\x3b' not in data[-64:]: raise BadImage('truncated', 'GIF without its trailer')
     elif image.format == 'WEBP' and int.from_bytes(data[4:8], 'little') + 8 > len(data): raise BadImage('truncated', 'WebP shorter than it says')
 
-# %% ../../nbs/data/decode.ipynb #693237cf
+# %% ../../nbs/data/decode.ipynb #6e100eae
 def upright(
     image: Image.Image,
 ) -> Image.Image:
@@ -72,6 +74,7 @@ def upright(
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, IndexError, EOFError): return image
     return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
 
+# %% ../../nbs/data/decode.ipynb #1b298b30
 def to_rgb(
     image: Image.Image,  # any mode
 ) -> Image.Image:  # mode RGB

@@ -14,9 +14,10 @@ import pandas as pd
 from ..core import DataError
 from .table import ImageTable
 
-# %% ../../nbs/data/longtail.ipynb #c3cdb0db
+# %% ../../nbs/data/longtail.ipynb #b6f73f1a
 BANDS = ('many', 'medium', 'few')
 
+# %% ../../nbs/data/longtail.ipynb #de61bbda
 def bands(
     class_counts,  # training images of each class, shape (classes,)
 ) -> np.ndarray:  # 'many' | 'medium' | 'few', shape (classes,)
@@ -24,7 +25,7 @@ def bands(
     counts = np.asarray(class_counts)
     return np.select([counts > 100, counts >= 20], ['many', 'medium'], 'few')
 
-# %% ../../nbs/data/longtail.ipynb #4577c65d
+# %% ../../nbs/data/longtail.ipynb #d814158d
 def imbalance_factor(
     class_counts,  # shape (classes,)
 ) -> float:
@@ -32,6 +33,7 @@ def imbalance_factor(
     counts = np.asarray(class_counts)
     return float(counts.max() / counts[counts > 0].min())
 
+# %% ../../nbs/data/longtail.ipynb #4c567360
 def gini(
     class_counts,  # shape (classes,)
 ) -> float:

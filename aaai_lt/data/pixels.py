@@ -24,13 +24,14 @@ from .decode import MAX_PIXELS, BadImage, decode
 from .scan import in_parallel, quarantine
 from .table import ImageTable, read_bytes
 
-# %% ../../nbs/data/pixels.ipynb #affc4aea
+# %% ../../nbs/data/pixels.ipynb #b8fa1e84
 RESIZE = {
     'squash': lambda image, size: image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0),
     'crop': lambda image, size: ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC),
     'pad': lambda image, size: ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=(128, 128, 128)),
 }
 
+# %% ../../nbs/data/pixels.ipynb #fadc807d
 def to_square(
     image: Image.Image,  # RGB, any size
     size: int,  # side in pixels
@@ -39,7 +40,7 @@ def to_square(
     "One picture at the storage size."
     return np.asarray(RESIZE[how](image, size))
 
-# %% ../../nbs/data/pixels.ipynb #8d6220a9
+# %% ../../nbs/data/pixels.ipynb #8a62eb03
 def store_bytes(
     images: int,
     size: int,  # side in pixels
@@ -47,6 +48,7 @@ def store_bytes(
     "Bytes that a store takes."
     return images * size * size * 3
 
+# %% ../../nbs/data/pixels.ipynb #28545a6d
 def check_room(
     folder: Path,
     needed: int,  # bytes
@@ -72,9 +74,10 @@ class PixelStore:
         "Rows of these images, int64."
         return np.fromiter((self.row[p] for p in paths), dtype='int64', count=len(paths))
 
-# %% ../../nbs/data/pixels.ipynb #2209492c
+# %% ../../nbs/data/pixels.ipynb #597e9c0d
 STORE_VERSION = 1
 
+# %% ../../nbs/data/pixels.ipynb #e34b5a6e
 def store_key(
     frame: pd.DataFrame,  # the table's unique images: path, sha1
     size: int,
@@ -85,6 +88,7 @@ def store_key(
     text = json.dumps([STORE_VERSION, Image.__version__, size, how, max_pixels, list(frame.path), list(frame.sha1)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+# %% ../../nbs/data/pixels.ipynb #b7030916
 def open_store(
     folder: Path,
 ) -> PixelStore:
@@ -96,7 +100,7 @@ def open_store(
         raise StorageError(5, f'{folder}/pixels.npy is damaged: delete {folder.name}, it will be built again')
     return PixelStore(folder, np.load(folder/'pixels.npy', mmap_mode='r'), {p: i for i, p in enumerate(meta['paths'])}, meta['bad'])
 
-# %% ../../nbs/data/pixels.ipynb #73e23574
+# %% ../../nbs/data/pixels.ipynb #6821e621
 def sweep(
     folder: Path,  # where stores lie
 ) -> None:
@@ -105,6 +109,7 @@ def sweep(
         pid = left.name.split('.')[-2]
         if pid.isdecimal() and not Path(f'/proc/{pid}').exists() and Path('/proc').exists(): shutil.rmtree(left, ignore_errors=True)
 
+# %% ../../nbs/data/pixels.ipynb #9740bb4b
 def write_store(
     table: ImageTable,
     unique: pd.DataFrame,  # archive, path of each image

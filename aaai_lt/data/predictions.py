@@ -17,10 +17,11 @@ import pandas as pd
 
 from ..core import DataError, StorageError, write_json
 
-# %% ../../nbs/data/predictions.ipynb #748cb576
+# %% ../../nbs/data/predictions.ipynb #74bd758c
 PREDICTIONS_VERSION = 1
 META = {'kind': 'logits', 'activation': 'softmax', 'adjusted': '', 'tta': '', 'input_size': 0, 'split': '', 'weights_sha256': ''}
 
+# %% ../../nbs/data/predictions.ipynb #dae6e5ff
 @dataclass(frozen=True)
 class Predictions:
     "Scores of a model for the images of one split."
@@ -63,7 +64,7 @@ def adjust(
     if predictions.meta['kind'] != 'logits': raise DataError('only logits can be adjusted; these are probabilities')
     return replace(predictions, scores=predictions.scores - np.asarray(offset, 'float32'), meta=predictions.meta | {'adjusted': label})
 
-# %% ../../nbs/data/predictions.ipynb #7c9d8d90
+# %% ../../nbs/data/predictions.ipynb #649f5504
 def save_predictions(
     predictions: Predictions,
     folder: Path,  # such as outputs/<run>/predictions/val; replaced as a whole
@@ -83,6 +84,7 @@ def save_predictions(
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error: raise StorageError(error.errno, f'could not write {folder}: {error}') from error
 
+# %% ../../nbs/data/predictions.ipynb #2197ea29
 def load_predictions(
     folder,  # of `save_predictions`
     mmap: bool = False,  # leave the scores on disk until they are used

@@ -21,10 +21,11 @@ from ..core import DataError
 from .decode import MAX_PIXELS, BadImage, check_whole, open_image
 from .table import ImageTable, read_bytes
 
-# %% ../../nbs/data/scan.ipynb #76f9cbfc
+# %% ../../nbs/data/scan.ipynb #1ec37920
 SUFFIX_FORMATS = {'.jpg': ('JPEG', 'MPO'), '.jpeg': ('JPEG', 'MPO'), '.png': ('PNG',), '.gif': ('GIF',), '.webp': ('WEBP',), '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',), '.ppm': ('PPM',)}
 SCAN_COLUMNS = ['width', 'height', 'mode', 'format', 'bytes', 'sha1', 'reason', 'detail']
 
+# %% ../../nbs/data/scan.ipynb #b6146139
 def scan_file(
     root,
     archive: str,
@@ -75,7 +76,7 @@ def find_copies(
     own = frame.groupby('path').split.transform('nunique') > 1  # one file in both splits on purpose (tiny_classes='both')
     return problems, (frame.split == 'train') & frame.sha1.isin(held_hashes) & frame.sha1.isin(copies.sha1) & ~own
 
-# %% ../../nbs/data/scan.ipynb #b9c4ed36
+# %% ../../nbs/data/scan.ipynb #83eeb7ec
 def scan(
     table: ImageTable,
     max_pixels: int = MAX_PIXELS,  # larger images are left out
@@ -97,6 +98,7 @@ def scan(
     problems += [(r.path, r.split, r.label, 'misnamed', f'holds a {r.format}', 'kept') for r in frame[wrong].itertuples()]
     return quarantine(table.with_frame(frame, problems), bad_images)
 
+# %% ../../nbs/data/scan.ipynb #be5982e9
 def separate_copies(
     table: ImageTable,  # scanned and split
 ) -> ImageTable:
@@ -104,9 +106,10 @@ def separate_copies(
     problems, leaves = find_copies(table.frame)
     return quarantine(table.with_frame(table.frame[~leaves], problems))
 
-# %% ../../nbs/data/scan.ipynb #3a327fb0
+# %% ../../nbs/data/scan.ipynb #6fb8977c
 UNUSABLE = ('missing', 'unreadable', 'empty file', 'not an image', 'damaged', 'truncated', 'too large')
 
+# %% ../../nbs/data/scan.ipynb #65e48ac4
 def quarantine(
     table: ImageTable,  # unusable images already left out
     bad_images: str = 'quarantine',  # or 'fail'

@@ -20,9 +20,10 @@ import pandas as pd
 
 from ..core import DataError, nearest, resolve
 
-# %% ../../nbs/data/table.ipynb #f110820e
+# %% ../../nbs/data/table.ipynb #ccfaf322
 PROBLEM_COLUMNS = ['path', 'split', 'label', 'reason', 'detail', 'action']
 
+# %% ../../nbs/data/table.ipynb #9d4450bb
 @dataclass(frozen=True)
 class ImageTable:
     "Labelled images: a frame with a row each, the classes in order, and what could not be used."
@@ -67,10 +68,11 @@ def natural_key(
     "A sort key that puts numbers in numeric order: `2` before `10`, `class9` before `class10`."
     return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r'(\d+)', str(name)) if part)
 
-# %% ../../nbs/data/table.ipynb #072af986
+# %% ../../nbs/data/table.ipynb #1a14572e
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm')
 SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val', 'test': 'test', 'testing': 'test'}
 
+# %% ../../nbs/data/table.ipynb #c70be34f
 def is_image_name(name: str) -> bool:
     "By suffix, in any case; hidden files (`._photo.jpg` of macOS) are not images."
     base = name.rsplit('/', 1)[-1]
@@ -120,7 +122,7 @@ def read_folder(
     frame.insert(2, 'label', frame.class_name.map({c: i for i, c in enumerate(classes)}).astype('int64'))
     return ImageTable(frame, classes, folder, folder.name).with_frame(frame, problems)
 
-# %% ../../nbs/data/table.ipynb #b3f3bb65
+# %% ../../nbs/data/table.ipynb #6b10801b
 @lru_cache(maxsize=8)
 def zip_members(
     archive: str,  # path of a .zip
@@ -129,6 +131,7 @@ def zip_members(
     "The names of the files inside a zip."
     with zipfile.ZipFile(archive) as file: return frozenset(i.filename for i in file.infolist() if not i.is_dir())
 
+# %% ../../nbs/data/table.ipynb #228d0a6c
 def find_archives(
     folder: Path,  # the data root
     paths,  # image paths
@@ -154,7 +157,7 @@ def inside_folder(
     holders = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and (d/paths.iloc[0]).exists()]
     return holders[0] + '/' + paths if len(holders) == 1 else paths
 
-# %% ../../nbs/data/table.ipynb #e7274be4
+# %% ../../nbs/data/table.ipynb #802094bc
 @lru_cache(maxsize=32)
 def open_zip(
     archive: str,  # path of a .zip
@@ -163,6 +166,7 @@ def open_zip(
     "An open zip, kept open."
     return zipfile.ZipFile(archive)
 
+# %% ../../nbs/data/table.ipynb #5984a7c8
 def read_bytes(
     root: Path,  # the table's root
     archive: str,  # the row's archive, '' for a plain file
@@ -172,13 +176,14 @@ def read_bytes(
     if not archive: return (Path(root)/path).read_bytes()
     return open_zip(str(Path(root)/archive), os.getpid()).read(path)
 
-# %% ../../nbs/data/table.ipynb #79767b52
+# %% ../../nbs/data/table.ipynb #50fd846d
 COLUMN_NAMES = {
     'path': ['path', 'filepath', 'file_path', 'file', 'filename', 'file_name', 'image', 'image_path', 'img_path', 'img', 'image_id', 'id'],
     'label': ['label', 'class', 'target', 'category', 'label_id', 'class_id', 'category_id', 'y', 'class_name'],
     'split': ['split', 'subset', 'fold', 'set', 'partition', 'phase'],
 }
 
+# %% ../../nbs/data/table.ipynb #ac4ce000
 def find_columns(
     available,  # the CSV's columns
     given: dict = None,  # {'path' | 'label' | 'split': column}
@@ -216,7 +221,7 @@ def table_from_rows(
     if missing.all(): raise DataError(f'{name}: none of its {len(frame):,} images exists; the first is {path.iloc[0]!r}, looked for under {folder} and in the zips there')
     return ImageTable(frame, classes, folder, folder.name).with_frame(frame[~missing & ~repeated], problems)
 
-# %% ../../nbs/data/table.ipynb #0cc6e354
+# %% ../../nbs/data/table.ipynb #b3ebf5ce
 def read_csv(
     file,  # a CSV with a column of paths and a column of labels
     columns: dict = None,  # {'path': …, 'label': …, 'split': …} for names that are not found by themselves
@@ -228,6 +233,7 @@ def read_csv(
     if rows.empty: raise DataError(f'{file} has no rows')
     return table_from_rows(rows, find_columns(rows.columns, columns), file.parent, file.name)
 
+# %% ../../nbs/data/table.ipynb #093b887f
 def read_list(
     file,  # text: a path, white space, a label, on each line
 ) -> ImageTable:
@@ -239,7 +245,7 @@ def read_list(
     if not pairs or len(pairs[0]) != 2: raise DataError(f'{file} has no lines of `path label`')
     return table_from_rows(pd.DataFrame(pairs, columns=['path', 'label'], dtype='string'), {'path': 'path', 'label': 'label'}, file.parent, file.name)
 
-# %% ../../nbs/data/table.ipynb #b17024b7
+# %% ../../nbs/data/table.ipynb #1bd0a9e1
 def cut(
     table: ImageTable,
     where: str,  # a pandas query over the table's columns, such as "lt == 1 and split == 'train'"
@@ -254,6 +260,7 @@ def cut(
     position[present] = np.arange(len(present))
     return replace(table.with_frame(kept.assign(label=position[kept.label])), classes=tuple(table.classes[i] for i in present))
 
+# %% ../../nbs/data/table.ipynb #b8b29609
 def read_images(
     data,  # a folder, a CSV, or a text file of `path label`
     where: str = '',  # a pandas query that takes a cut

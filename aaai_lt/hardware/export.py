@@ -63,7 +63,7 @@ def export_onnx(
     except OSError as error: raise StorageError(error.errno, f'could not write {file}: {error.strerror}') from error
     return file
 
-# %% ../../nbs/hardware/export.ipynb #39eab1ed
+# %% ../../nbs/hardware/export.ipynb #afa2c01b
 def describe_model(
     run: Run,
 ) -> dict:
@@ -73,6 +73,7 @@ def describe_model(
     return {'classes': data['classes'], 'input_size': data['input_size'], 'resize': config.resize, 'store_size': data['store_size'], 'mean': data['mean'], 'std': data['std'],
         'activation': loss_activation, 'run': run.name, 'weights_sha256': hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()}
 
+# %% ../../nbs/hardware/export.ipynb #95c4a506
 def read_metadata(
     file,  # an .onnx of ours
 ) -> dict:
@@ -81,7 +82,7 @@ def read_metadata(
     props = {p.key: p.value for p in onnx.load(file, load_external_data=False).metadata_props}
     return {k: json.loads(v) if v[:1] in '[{0123456789-"' and k not in ('weights_sha256', 'run') else v for k, v in props.items()}
 
-# %% ../../nbs/hardware/export.ipynb #2cd7e920
+# %% ../../nbs/hardware/export.ipynb #fcba4816
 def run_images(
     run: Run,
     table: ImageTable,  # the run's table
@@ -94,6 +95,7 @@ def run_images(
     pixels = np.stack([to_square(decode(read_bytes(table.root, r.archive, r.path), config.max_pixels, hint=data['store_size']), data['store_size'], config.resize) for r in rows.itertuples()])
     return eval_batch(torch.from_numpy(pixels), data['input_size'], torch.tensor(data['mean']), torch.tensor(data['std']))
 
+# %% ../../nbs/hardware/export.ipynb #aa22bc61
 def compare(
     model: nn.Module,  # in training form
     onnx_model,  # path or bytes of the exported file

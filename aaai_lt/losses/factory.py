@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, nearest
 from .longtail import BalancedSoftmax, CrossEntropy, EQLv2, LogitAdjustment
 
-# %% ../../nbs/losses/factory.ipynb #a0df25fa
+# %% ../../nbs/losses/factory.ipynb #a66cc329
 LOSSES = {
     'cross_entropy': CrossEntropy,
     'balanced_softmax': BalancedSoftmax,
@@ -22,6 +22,7 @@ LOSSES = {
     'eqlv2': EQLv2,
 }
 
+# %% ../../nbs/losses/factory.ipynb #389bffb1
 def make_loss(
     name: str,  # of LOSSES
     class_counts,  # training images of each class, shape (classes,)

@@ -35,7 +35,7 @@ def prior_offset(
     counts = torch.as_tensor(class_counts).double().clamp(min=1)
     return (tau * (counts / counts.sum()).log()).float()
 
-# %% ../../nbs/losses/longtail.ipynb #93829b21
+# %% ../../nbs/losses/longtail.ipynb #9dddf306
 class LogitAdjustment(nn.Module):
     "Cross-entropy of logits + tau · log(prior) (Menon et al. 2020, equation 10)."
     activation, adjusted = 'softmax', True
@@ -51,6 +51,7 @@ class LogitAdjustment(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits.float() + self.offset, target, label_smoothing=self.smoothing)
 
+# %% ../../nbs/losses/longtail.ipynb #029e578a
 class BalancedSoftmax(LogitAdjustment):
     "Logit adjustment with tau = 1 (Ren et al. 2020, equation 3)."
     def __init__(self, class_counts: Tensor, smoothing: float = 0.0): super().__init__(class_counts, 1.0, smoothing)

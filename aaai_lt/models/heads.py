@@ -45,9 +45,10 @@ class CosineHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self.scale * F.linear(F.normalize(features.float()), F.normalize(self.weight.float()))
 
-# %% ../../nbs/models/heads.ipynb #3b44480f
+# %% ../../nbs/models/heads.ipynb #17e233af
 HEADS = {'linear': LinearHead, 'cosine': CosineHead}
 
+# %% ../../nbs/models/heads.ipynb #1b37256f
 def make_head(
     name: str,  # of HEADS
     num_features: int,

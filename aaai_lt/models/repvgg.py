@@ -33,12 +33,13 @@ def repvgg_cfg(
     stages = tuple(ByoBlockCfg(type='rep', d=d, c=int(c * w), s=2, gs=0) for d, w, c in zip(blocks, widths, (64, 128, 256, 512)))
     return ByoModelCfg(blocks=stages, stem_type='rep', stem_chs=min(64, int(64 * widths[0])))
 
-# %% ../../nbs/models/repvgg.ipynb #1780419a
+# %% ../../nbs/models/repvgg.ipynb #86cc7ff6
 default_cfgs = generate_default_cfgs({name: {  # what timm keeps for a model without published weights
     'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875, 'interpolation': 'bilinear',
     'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225), 'first_conv': ('stem.conv_kxk.conv', 'stem.conv_1x1.conv'), 'classifier': 'head.fc',
 } for name in VARIANTS})
 
+# %% ../../nbs/models/repvgg.ipynb #9c581b83
 def create_variant(
     name: str,  # of VARIANTS
     pretrained: bool = False,
@@ -49,6 +50,7 @@ def create_variant(
     "One of VARIANTS, or one between them by other blocks and widths."
     return build_model_with_cfg(ByobNet, name, pretrained, model_cfg=repvgg_cfg(blocks or VARIANTS[name][0], widths or VARIANTS[name][1]), feature_cfg={'flatten_sequential': True}, **options)
 
+# %% ../../nbs/models/repvgg.ipynb #90f355db
 @register_model
 def repvgg_n0(pretrained=False, **options): return create_variant('repvgg_n0', pretrained, **options)
 @register_model

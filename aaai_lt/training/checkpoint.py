@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..core import DISK, Disk, StorageError
 
-# %% ../../nbs/training/checkpoint.ipynb #9b80075b
+# %% ../../nbs/training/checkpoint.ipynb #76a5b4d7
 CHECKPOINT_VERSION = 1
 FILES = ('tensors.safetensors', 'state.json')
 
+# %% ../../nbs/training/checkpoint.ipynb #316331a9
 def tensor_bytes(
     tensors: dict,  # name -> Tensor
 ) -> bytes:
@@ -28,6 +29,7 @@ def tensor_bytes(
     from safetensors.torch import save
     return save({name: t.detach().to('cpu').contiguous().clone() for name, t in tensors.items()})
 
+# %% ../../nbs/training/checkpoint.ipynb #94550c03
 def checkpoints(
     folder: Path,
 ) -> list:  # of Paths, newest first
@@ -64,9 +66,10 @@ def save_checkpoint(
     except OSError as error: raise StorageError(error.errno, f'the checkpoint {place} could not be saved: {error.strerror or error}') from error
     return place
 
-# %% ../../nbs/training/checkpoint.ipynb #2769f8e1
+# %% ../../nbs/training/checkpoint.ipynb #b001537e
 MAX_HEADER = 100_000_000  # bytes of a safetensors header; more is an attack or damage
 
+# %% ../../nbs/training/checkpoint.ipynb #0abc9717
 def read_checked(
     place: Path,
     name: str,
@@ -83,6 +86,7 @@ def read_checked(
     if hashlib.sha256(data).hexdigest() != facts['sha256']: raise StorageError(5, f'{name} is damaged: its SHA-256 is not the one in the manifest')
     return data
 
+# %% ../../nbs/training/checkpoint.ipynb #231b9ed5
 def read_checkpoint(
     place: Path,  # a folder step-N
 ) -> tuple:  # (step, tensors, values)
@@ -116,7 +120,7 @@ def load_checkpoint(
     if refused: raise StorageError(5, f'no checkpoint in {folder} is whole ({"; ".join(refused)}). Restore one from a backup, or start anew with overwrite=True')
     return None
 
-# %% ../../nbs/training/checkpoint.ipynb #98a6cbc0
+# %% ../../nbs/training/checkpoint.ipynb #a1ae946d
 def pack(
     prefix: str,  # such as 'model'
     state: dict,  # a state_dict of tensors
@@ -124,6 +128,7 @@ def pack(
     "Names with a prefix."
     return {f'{prefix}.{name}': tensor for name, tensor in state.items()}
 
+# %% ../../nbs/training/checkpoint.ipynb #08d9328c
 def unpack(
     prefix: str,
     tensors: dict,
@@ -131,6 +136,7 @@ def unpack(
     "The tensors under a prefix, without it."
     return {name[len(prefix) + 1:]: tensor for name, tensor in tensors.items() if name.startswith(prefix + '.')}
 
+# %% ../../nbs/training/checkpoint.ipynb #aa2a5f08
 def pack_optimizer(
     optimizer: torch.optim.Optimizer,
 ) -> tuple:  # (tensors, values)
@@ -140,6 +146,7 @@ def pack_optimizer(
     values = {f'{i}.{key}': value for i, entry in state['state'].items() for key, value in entry.items() if not isinstance(value, Tensor)}
     return tensors, {'state': values, 'groups': state['param_groups']}
 
+# %% ../../nbs/training/checkpoint.ipynb #39aff20f
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer,  # made as the saved one was
     tensors: dict,

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CHOICES', 'POSITIVE', 'BELOW_ONE', 'BUILTIN_SETTINGS', 'QUICK_MODELS', 'NOT_HASHED', 'Config', 'check_type',
            'check_value', 'check_together', 'make_config', 'quick_config', 'config_hash', 'run_name', 'to_yaml',
-           'read_settings', 'parse_settings', 'notebook_settings']
+           'read_settings', 'parse_settings', 'assigned_names', 'notebook_settings']
 
-# %% ../../nbs/training/config.ipynb #58883981
+# %% ../../nbs/training/config.ipynb #59827622
+import ast
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,7 @@ from ..core import ConfigError, nearest, resolve
 from ..data.builtin import BUILTIN
 from ..data.decode import MAX_PIXELS
 
-# %% ../../nbs/training/config.ipynb #ee5c07fc
+# %% ../../nbs/training/config.ipynb #b7833de4
 @dataclass(frozen=True)
 class Config:
     "All settings of a training run. Make one with `make_config`, which checks it."
@@ -36,7 +37,7 @@ class Config:
     imbalance_factor: float = 0.0  # cut the training split to an exponential tail of this factor; 0 leaves it
     bad_images: str = 'quarantine'  # leave unusable images out and list them; or 'fail'
     max_pixels: int = MAX_PIXELS  # images with more are left out
-    model: str = 'repvgg_n1'  # any timm name, or repvgg_n0 to n4, m0, m1
+    model: str = 'repvgg_m0'  # any timm name, or repvgg_n0 to n4, m0, m1
     model_options: dict = field(default_factory=dict)  # of timm.create_model, such as {'drop_path_rate': 0.1}
     head: str = 'linear'  # linear, cosine
     head_options: dict = field(default_factory=dict)
@@ -70,12 +71,13 @@ class Config:
     quick: bool = False  # the same family of everything, in under a minute
     overwrite: bool = False  # move an old run of the same name away and start anew
 
-# %% ../../nbs/training/config.ipynb #0ecdb20a
+# %% ../../nbs/training/config.ipynb #2cd77659
 CHOICES = {'tiny_classes': ('train', 'both'), 'bad_images': ('quarantine', 'fail'), 'resize': ('squash', 'crop', 'pad'), 'sampler': ('shuffle', 'class_balanced'),
            'schedule': ('cosine', 'linear', 'constant'), 'select': ('balanced_accuracy', 'accuracy', 'last'), 'device': ('auto', 'cpu', 'cuda', 'mps'), 'precision': ('fp32', 'bf16', 'fp16')}
 POSITIVE = ('epochs', 'batch_size', 'accumulate', 'lr', 'max_pixels')
 BELOW_ONE = ('val_fraction', 'test_fraction', 'ema')
 
+# %% ../../nbs/training/config.ipynb #45f8ba66
 def check_type(
     name: str,  # of a field
     kind,  # its type
@@ -128,8 +130,11 @@ def check_together(
     if config.store_size and config.input_size and config.store_size < config.input_size: raise ConfigError(f'store_size={config.store_size} is smaller than input_size={config.input_size}')
     return config
 
-# %% ../../nbs/training/config.ipynb #9d50d9ea
-BUILTIN_SETTINGS = {'digits': {'augment_options': {'hflip': 0.0, 'rotate': 10.0}, 'input_size': 32}, 'aaai-profile': {'augment_options': {'hflip': 0.0}, 'input_size': 64}}
+# %% ../../nbs/training/config.ipynb #463b76d6
+BUILTIN_SETTINGS = {
+    'digits': {'augment_options': {'hflip': 0.0, 'rotate': 10.0}, 'input_size': 48, 'batch_size': 32, 'epochs': 40, 'lr': 1e-3},
+    'aaai-profile': {'augment_options': {'hflip': 0.0}, 'input_size': 64},
+}
 
 def make_config(
     **settings,  # fields of Config
@@ -139,14 +144,11 @@ def make_config(
     for name in settings:
         if name not in known: raise ConfigError(f'unknown setting {name!r}: {nearest(name, known)}')
     values = {name: check_type(name, known[name].type, value) for name, value in settings.items()}
-    default = dataclasses.asdict(Config())
-    given = {name: value for name, value in values.items() if value != default[name]}
-    data = given.get('data', default['data'])
-    values = BUILTIN_SETTINGS.get(data.split(':')[0], {}) | given
+    values = BUILTIN_SETTINGS.get(values.get('data', Config.data).split(':')[0], {}) | values
     for name, value in values.items(): check_value(name, value)
     return check_together(Config(**values))
 
-# %% ../../nbs/training/config.ipynb #dd04ef81
+# %% ../../nbs/training/config.ipynb #af50a5e5
 QUICK_MODELS = {'repvgg': 'repvgg_n1', 'resnet': 'resnet10t', 'resnext': 'resnet10t', 'convnext': 'convnext_atto', 'mobilenet': 'mobilenetv3_small_050', 'efficientnet': 'mobilenetv3_small_050'}
 
 def quick_config(
@@ -159,7 +161,7 @@ def quick_config(
     return dataclasses.replace(config, data=builtin, where='', columns={}, group='', imbalance_factor=0.0, model=small, model_options={}, pretrained=False,
         input_size=32, store_size=0, epochs=min(config.epochs, 3), warmup_epochs=min(config.warmup_epochs, 1.0), batch_size=min(config.batch_size, 64), save_every=0)
 
-# %% ../../nbs/training/config.ipynb #aa54e253
+# %% ../../nbs/training/config.ipynb #b4f1c08a
 NOT_HASHED = ('name', 'workers', 'device', 'overwrite')
 
 def config_hash(
@@ -177,7 +179,7 @@ def run_name(
     data = re.sub(r'[^\w.-]+', '-', config.data.rstrip('/').rsplit('/', 1)[-1].removesuffix('.csv'))
     return f'{data}-{config.model}-{config.loss}-{config_hash(config)}{"-quick" if config.quick else ""}'
 
-# %% ../../nbs/training/config.ipynb #6731b147
+# %% ../../nbs/training/config.ipynb #71f78c8a
 def to_yaml(config: Config) -> str:
     "All settings as YAML, in the order of the fields."
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
@@ -192,6 +194,7 @@ def read_settings(
     if not isinstance(settings, dict): raise ConfigError(f'{path} holds no settings; lines such as `epochs: 30` are expected')
     return settings
 
+# %% ../../nbs/training/config.ipynb #2d748970
 def parse_settings(
     words: list,  # such as ['epochs=30', 'loss=eqlv2']
 ) -> dict:
@@ -200,17 +203,24 @@ def parse_settings(
     try: return {name.strip().lstrip('-'): yaml.safe_load(value) if value else '' for name, _, value in (w.partition('=') for w in words)}
     except yaml.YAMLError as error: raise ConfigError(f'a value cannot be read: {error}') from error
 
-# %% ../../nbs/training/config.ipynb #2834c5ad
+# %% ../../nbs/training/config.ipynb #b3cdcb29
+def assigned_names(
+    cell: str,  # source of a notebook cell
+) -> list:
+    "The names that a cell assigns at its top level."
+    targets = [t for node in ast.parse(cell).body if isinstance(node, (ast.Assign, ast.AnnAssign)) for t in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+# %% ../../nbs/training/config.ipynb #a250fdfb
 def notebook_settings(
     namespace: dict,  # globals() of the notebook
     also: tuple = (),  # parameters of the notebook that are not settings of the run
 ) -> dict:  # settings for make_config
     "The settings assigned in cells that begin with `# Parameters`. Raises ConfigError for a name that is none."
-    import ast
     cells = [cell for cell in namespace.get('In', []) if cell.lstrip().startswith('# Parameters')]
-    known = {f.name for f in fields(Config)}
-    assigned = [t.id for cell in cells for node in ast.parse(cell).body if isinstance(node, (ast.Assign, ast.AnnAssign))
-                for t in (node.targets if isinstance(node, ast.Assign) else [node.target]) if isinstance(t, ast.Name)] or [n for n in known if n in namespace]
+    default = dataclasses.asdict(Config())
+    injected = [name for cell in cells[1:] for name in assigned_names(cell)]
+    assigned = assigned_names(cells[0]) + injected if cells else [n for n in default if n in namespace]
     for name in assigned:
-        if name not in known and name not in also: raise ConfigError(f'unknown parameter {name!r}: {nearest(name, known | set(also))}')
-    return {name: namespace[name] for name in assigned if name in known}
+        if name not in default and name not in also: raise ConfigError(f'unknown parameter {name!r}: {nearest(name, [*default, *also])}')
+    return {name: namespace[name] for name in assigned if name in default and (name in injected or namespace[name] != default[name])}

@@ -35,13 +35,14 @@ def usage() -> str:
         lines.append(f'  {match[1]:17} {default:22} {match[3]}')
     return '\n'.join(lines)
 
-# %% ../../nbs/training/launch.ipynb #f492a90b
+# %% ../../nbs/training/launch.ipynb #c171b274
 def stop_on_signals() -> list:
     "From now on SIGTERM and SIGINT only leave a note in the list that is returned."
     seen = []
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda n, frame: seen.append(n))
     return seen
 
+# %% ../../nbs/training/launch.ipynb #bffff1ac
 def main(
     words: list = None,  # the command line; sys.argv by default
 ) -> int:  # the exit code

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTERS', 'epoch_order', 'epoch_windows', 'make_optimizer', 'make_schedule', 'Trainer', 'make_trainer', 'save',
            'restore', 'load_batch', 'forward_backward', 'check_finite', 'train_step', 'predict', 'offset', 'judge',
-           'interactive', 'run_epoch', 'finish_epoch', 'finish', 'line', 'train', 'headline']
+           'interactive', 'run_epoch', 'finish_epoch', 'finish', 'line', 'headline', 'train']
 
 # %% ../../nbs/training/loop.ipynb #613be37a
 import dataclasses
@@ -35,7 +35,7 @@ from .metrics import describe, per_class, summarise
 from .prepare import Data, Split, build_model, describe_data, prepare
 from .run import Run, locked, run_folder, start_folder, write_start
 
-# %% ../../nbs/training/loop.ipynb #f73e68ae
+# %% ../../nbs/training/loop.ipynb #9869253c
 def epoch_order(
     labels: np.ndarray,  # class of each training image, shape (N,)
     sampler: str,  # 'shuffle' | 'class_balanced'
@@ -53,6 +53,7 @@ def epoch_order(
     rounds = [np.concatenate([random.permutation(c) for _ in range(-(-w // c))])[:w] + s for c, w, s in zip(counts, wanted, starts) if w]
     return by_class[random.permutation(np.concatenate(rounds))]
 
+# %% ../../nbs/training/loop.ipynb #1fdb832b
 def epoch_windows(
     order: np.ndarray,
     batch_size: int,
@@ -63,7 +64,7 @@ def epoch_windows(
     batches = [(a, order[a:b]) for a, b in zip(edges[:-1], edges[1:])]
     return [batches[i:i + accumulate] for i in range(0, len(batches), accumulate)]
 
-# %% ../../nbs/training/loop.ipynb #bedd4479
+# %% ../../nbs/training/loop.ipynb #f2cddda5
 def make_optimizer(
     model: nn.Module,
     config: Config,
@@ -72,6 +73,7 @@ def make_optimizer(
     from timm.optim import create_optimizer_v2
     return create_optimizer_v2(model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True)
 
+# %% ../../nbs/training/loop.ipynb #2f32e010
 def make_schedule(
     optimizer: torch.optim.Optimizer,
     config: Config,
@@ -134,7 +136,7 @@ def make_trainer(
     mean, std = (torch.tensor(v, dtype=torch.float32, device=accelerator.device) for v in (plain.mean, plain.std))
     return Trainer(config, data, folder, accelerator, model, plain, loss, optimizer, make_schedule(optimizer, config, steps), ema, augment_options(config.augment, config.augment_options), layout, mean, std)
 
-# %% ../../nbs/training/loop.ipynb #8af7aa98
+# %% ../../nbs/training/loop.ipynb #4b6ac821
 COUNTERS = ('step', 'epoch', 'totals', 'history', 'best', 'seconds', 'skipped')
 
 def save(
@@ -149,6 +151,7 @@ def save(
     values = {name: getattr(trainer, name) for name in COUNTERS} | {'optimizer': optimizer, 'data': trainer.data.hash, 'scaler': scaler.state_dict() if scaler else {}}
     return save_checkpoint(trainer.folder/'checkpoint', trainer.step, tensors, values, disk=disk)
 
+# %% ../../nbs/training/loop.ipynb #b2c753a9
 def restore(
     trainer: Trainer,
     say=print,
@@ -170,7 +173,7 @@ def restore(
     for name in COUNTERS: setattr(trainer, name, values[name])
     return True
 
-# %% ../../nbs/training/loop.ipynb #c985b72c
+# %% ../../nbs/training/loop.ipynb #bfc0bca8
 def load_batch(
     trainer: Trainer,
     split: Split,
@@ -182,6 +185,7 @@ def load_batch(
     if device.type != 'cuda': return pixels.to(device), labels.to(device)
     return pixels.pin_memory().to(device, non_blocking=True), labels.pin_memory().to(device, non_blocking=True)
 
+# %% ../../nbs/training/loop.ipynb #d39528e6
 def forward_backward(
     trainer: Trainer,
     first: int,  # position of the batch in the epoch
@@ -200,7 +204,7 @@ def forward_backward(
     detached = loss.detach().double()
     return torch.stack([detached * len(mine), (logits.detach().argmax(1) == labels).sum().double(), torch.tensor(float(len(mine)), device=detached.device, dtype=torch.float64)])
 
-# %% ../../nbs/training/loop.ipynb #f736a1b8
+# %% ../../nbs/training/loop.ipynb #610b7d83
 def check_finite(
     trainer: Trainer,
     window: list,  # of (first position, indices)
@@ -217,6 +221,7 @@ def check_finite(
     write_json(trainer.folder/'diverged.json', {'epoch': trainer.epoch + 1, 'step': trainer.step, 'lr': trainer.optimizer.param_groups[0]['lr'], 'losses': [str(l) for l in losses], 'layers': layers, 'images': ids})
     raise DivergedError(f'the {"loss" if not np.isfinite(losses[bad]) else "gradient"} is not finite in epoch {trainer.epoch + 1}, step {trainer.step + 1}, batch of {ids[0]} … {ids[-1]}; the weights are those of the step before, and diverged.json lists the images and layers. Try a lower lr, or clip=1')
 
+# %% ../../nbs/training/loop.ipynb #388d58d2
 def train_step(
     trainer: Trainer,
     window: list,  # of (first position, indices)
@@ -237,7 +242,7 @@ def train_step(
     if trainer.ema: trainer.ema.update(trainer.plain, step=trainer.step)
     trainer.totals = [a + b for a, b in zip(trainer.totals, torch.stack(sums).sum(0).tolist())]
 
-# %% ../../nbs/training/loop.ipynb #a238ff47
+# %% ../../nbs/training/loop.ipynb #eca112f4
 @torch.no_grad()
 def predict(
     trainer: Trainer,
@@ -257,6 +262,7 @@ def predict(
     model.train(); trainer.loss.train()
     return torch.cat(logits), float(total / len(split))
 
+# %% ../../nbs/training/loop.ipynb #3cba220e
 def offset(trainer: Trainer) -> Tensor:  # shape (classes,)
     "What post-hoc adjustment subtracts from the logits; zeros without it."
     return prior_offset(torch.as_tensor(trainer.data.class_counts), trainer.config.adjust_tau).to(trainer.accelerator.device)
@@ -272,11 +278,12 @@ def judge(
     confusion = torch.bincount(labels * len(classes) + (logits - offset(trainer)).argmax(1), minlength=len(classes) ** 2).view(len(classes), -1)
     return per_class(confusion.cpu().numpy(), classes, trainer.data.class_counts, trainer.data.not_held_out.get(name, ()))
 
-# %% ../../nbs/training/loop.ipynb #f1651f7f
+# %% ../../nbs/training/loop.ipynb #5c5f0aaf
 def interactive() -> bool:
     "Whether somebody is looking: a terminal, or a notebook open in Jupyter. Papermill and logs are not."
     return 'JPY_SESSION_NAME' in os.environ or sys.stderr.isatty()
 
+# %% ../../nbs/training/loop.ipynb #98a93508
 def run_epoch(
     trainer: Trainer,
     stop=None,  # called after each step; true: save and stop
@@ -292,9 +299,11 @@ def run_epoch(
         train_step(trainer, window)
         trainer.seconds = time.perf_counter() - began
         stopping = stop is not None and stop()
-        if trainer.accelerator.is_main_process and (stopping or (config.save_every and trainer.step % config.save_every == 0)): save(trainer)
+        due = config.save_every and trainer.step % config.save_every == 0 and window is not windows[-1]  # an epoch's end is saved with its metrics
+        if trainer.accelerator.is_main_process and (stopping or due): save(trainer)
         if stopping: raise Stopped(f'stopped at step {trainer.step} of {len(windows) * config.epochs}, saved; the same command goes on')
 
+# %% ../../nbs/training/loop.ipynb #2167e8f7
 def finish_epoch(trainer: Trainer) -> None:
     "Validate, choose, write the history and a checkpoint."
     config, (loss, correct, images) = trainer.config, trainer.totals
@@ -335,12 +344,20 @@ def finish(
     if tables: write_file(trainer.folder/'per_class.csv', pd.concat(tables).to_csv(index=False))
     write_json(trainer.folder/'summary.json', summary)
 
-# %% ../../nbs/training/loop.ipynb #00213224
+# %% ../../nbs/training/loop.ipynb #acde41d6
 def line(row: dict) -> str:
     "One epoch in one line."
     val = f", val balanced accuracy {row['val_balanced_accuracy']:.2%}, accuracy {row['val_accuracy']:.2%}" if row.get('val_balanced_accuracy') is not None else ''
     return f"epoch {row['epoch']:3}  loss {row['train_loss']:.4f}{val}  ({row['seconds']:.0f} s)"
 
+# %% ../../nbs/training/loop.ipynb #098821ed
+def headline(run: Run) -> str:
+    "The result in one line: test if there is one, else validation."
+    summary = run.summary
+    split = 'test' if 'test' in summary else 'val' if 'val' in summary else None
+    return ('quick run, figures mean nothing; ' if summary['quick'] else '') + (f'{split}: {describe(summary[split])}' if split else 'no held-out images')
+
+# %% ../../nbs/training/loop.ipynb #c96c5518
 def train(
     config: Config,  # from make_config
     data: Data = None,  # from `prepare(quick_config(config))`, if it is at hand
@@ -371,9 +388,3 @@ def train(
         finish(trainer)
     say(f'finished: {headline(Run(folder))}')
     return Run(folder)
-
-def headline(run: Run) -> str:
-    "The result in one line: test if there is one, else validation."
-    summary = run.summary
-    split = 'test' if 'test' in summary else 'val' if 'val' in summary else None
-    return ('quick run, figures mean nothing; ' if summary['quick'] else '') + (f'{split}: {describe(summary[split])}' if split else 'no held-out images')

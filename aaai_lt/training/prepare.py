@@ -63,7 +63,7 @@ def choose_input_size(
     short = table.frame[['width', 'height']].min(axis=1).median()
     return int(np.clip(round(short / 16) * 16, 32, 224))
 
-# %% ../../nbs/training/prepare.ipynb #9358b264
+# %% ../../nbs/training/prepare.ipynb #5e632eeb
 @dataclass(frozen=True)
 class Split:
     "One split, ready for training: where its pixels are, and what they show."
@@ -72,6 +72,7 @@ class Split:
     ids: np.ndarray  # paths, shape (N,)
     def __len__(self): return len(self.rows)
 
+# %% ../../nbs/training/prepare.ipynb #2ef8e14f
 @dataclass(frozen=True)
 class Data:
     "All a run needs of its data."
@@ -83,6 +84,7 @@ class Data:
     input_size: int
     hash: str
 
+# %% ../../nbs/training/prepare.ipynb #a11df943
 def prepare(
     config: Config,
     progress: bool = True,
@@ -100,7 +102,7 @@ def prepare(
     blind = {name: not_held_out(table, name) for name in splits if name != 'train'}
     return Data(table, store, splits, table.counts('train'), blind, size, data_hash(table))
 
-# %% ../../nbs/training/prepare.ipynb #c7463898
+# %% ../../nbs/training/prepare.ipynb #4dcb3929
 def describe_data(
     data: Data,
     model: Classifier,

@@ -27,7 +27,7 @@ from ..core import ConfigError, DataError, StorageError, nearest, root, write_fi
 from ..data.predictions import Predictions, load_predictions
 from .config import NOT_HASHED, Config, make_config, run_name, to_yaml
 
-# %% ../../nbs/training/run.ipynb #a790d7ec
+# %% ../../nbs/training/run.ipynb #b1925330
 @dataclass(frozen=True)
 class Run:
     "A run's folder; each part is read when it is asked for."
@@ -53,6 +53,7 @@ class Run:
     def predictions(self, split: str = 'val') -> Predictions: return load_predictions(self.folder/'predictions'/split)
     def __repr__(self): return f'Run {self.name} ({"finished" if self.finished else "not finished"})'
 
+# %% ../../nbs/training/run.ipynb #66aafe0a
 def load_run(
     name,  # a run's name under outputs/, or a path to its folder
 ) -> Run:
@@ -62,7 +63,7 @@ def load_run(
     there = [p.parent.name for p in (root()/'outputs').glob('*/config.yaml')]
     raise FileNotFoundError(f'no run {str(name)!r}: ' + (nearest(name, there) if there else 'outputs/ holds none yet'))
 
-# %% ../../nbs/training/run.ipynb #e9c2c7d1
+# %% ../../nbs/training/run.ipynb #284eaaa0
 PACKAGES = ('aaai_lt', 'torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pandas', 'pillow', 'scikit-learn', 'onnx', 'onnxruntime')
 
 def git_state() -> dict:
@@ -77,13 +78,14 @@ def version(package: str) -> str:
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return ''
 
+# %% ../../nbs/training/run.ipynb #5dc9fa61
 def environment() -> dict:
     "What the run ran on."
     import torch
     return {'packages': {p: version(p) for p in PACKAGES}, 'python': platform.python_version(), 'machine': platform.machine(), 'system': platform.system(),
         'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else '', 'git': git_state(), 'started': time.strftime('%Y-%m-%dT%H:%M:%S%z')}
 
-# %% ../../nbs/training/run.ipynb #4b924eb5
+# %% ../../nbs/training/run.ipynb #e516214e
 @contextmanager
 def locked(
     folder: Path,  # the run's
@@ -106,11 +108,11 @@ def locked(
         file.truncate(0)
         file.write(json.dumps({'pid': os.getpid(), 'host': socket.gethostname(), 'start': time.strftime('%Y-%m-%d %H:%M:%S')}))
         file.flush()
-        yield
-        file.truncate(0)
+        try: yield
+        finally: file.truncate(0)  # only a killed process leaves its name
     finally: file.close()
 
-# %% ../../nbs/training/run.ipynb #e6224947
+# %% ../../nbs/training/run.ipynb #755cde5c
 def differing(
     old: Config,
     new: Config,
@@ -119,6 +121,7 @@ def differing(
     a, b = dataclasses.asdict(old), dataclasses.asdict(new)
     return [f'{k}: {a.get(k)!r} there, {v!r} asked for' for k, v in b.items() if a.get(k) != v and k not in NOT_HASHED]
 
+# %% ../../nbs/training/run.ipynb #745aa474
 def run_folder(
     config: Config,
 ) -> Path:
@@ -130,6 +133,7 @@ def run_folder(
         if changes: raise ConfigError(f'a run {folder.name!r} with other settings is there already ({"; ".join(changes)}): choose another name, or overwrite=True to move it away')
     return folder
 
+# %% ../../nbs/training/run.ipynb #414c9a51
 def start_folder(
     folder: Path,
     config: Config,
@@ -142,6 +146,7 @@ def start_folder(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise StorageError(error.errno, f'could not make {folder}: {error.strerror}') from error
 
+# %% ../../nbs/training/run.ipynb #44d86e69
 def write_start(
     folder: Path,
     config: Config,
