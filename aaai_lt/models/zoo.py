@@ -85,14 +85,13 @@ def make_model(
     if isinstance(pretrained, str) and pretrained: load_weights(model, pretrained, allow_missing=('head.',))
     return model
 
-# %% ../../nbs/models/zoo.ipynb #f41ecafd
+# %% ../../nbs/models/zoo.ipynb #ac0f17d7
 def has_fragile_stem(
     model: nn.Module,
 ) -> bool:
     "Whether the model holds the convolution whose channels-last backward pass crashes torch on the CPU."
     return any(isinstance(m, nn.Conv2d) and m.in_channels == 3 and m.kernel_size == (1, 1) and m.stride != (1, 1) for m in model.modules())
 
-# %% ../../nbs/models/zoo.ipynb #3bc235fa
 def memory_format(
     model: nn.Module,
     device: torch.device,

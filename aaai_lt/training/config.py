@@ -21,7 +21,7 @@ from ..core import ConfigError, nearest, resolve
 from ..data.builtin import BUILTIN
 from ..data.decode import MAX_PIXELS
 
-# %% ../../nbs/training/config.ipynb #b7833de4
+# %% ../../nbs/training/config.ipynb #806c7eba
 @dataclass(frozen=True)
 class Config:
     "All settings of a training run. Make one with `make_config`, which checks it."
@@ -37,7 +37,7 @@ class Config:
     imbalance_factor: float = 0.0  # cut the training split to an exponential tail of this factor; 0 leaves it
     bad_images: str = 'quarantine'  # leave unusable images out and list them; or 'fail'
     max_pixels: int = MAX_PIXELS  # images with more are left out
-    model: str = 'repvgg_m0'  # any timm name, or repvgg_n0 to n4, m0, m1
+    model: str = 'repvgg_s0'  # any timm name, or repvgg_n0 to n4, m0, m1, s0
     model_options: dict = field(default_factory=dict)  # of timm.create_model, such as {'drop_path_rate': 0.1}
     head: str = 'linear'  # linear, cosine
     head_options: dict = field(default_factory=dict)
@@ -130,9 +130,9 @@ def check_together(
     if config.store_size and config.input_size and config.store_size < config.input_size: raise ConfigError(f'store_size={config.store_size} is smaller than input_size={config.input_size}')
     return config
 
-# %% ../../nbs/training/config.ipynb #463b76d6
+# %% ../../nbs/training/config.ipynb #4fb30b3d
 BUILTIN_SETTINGS = {
-    'digits': {'augment_options': {'hflip': 0.0, 'rotate': 10.0}, 'input_size': 48, 'batch_size': 32, 'epochs': 40, 'lr': 1e-3},
+    'digits': {'augment_options': {'hflip': 0.0, 'rotate': 10.0}, 'input_size': 48, 'batch_size': 32, 'epochs': 40, 'lr': 1e-3, 'select': 'last'},
     'aaai-profile': {'augment_options': {'hflip': 0.0}, 'input_size': 64},
 }
 
@@ -148,8 +148,8 @@ def make_config(
     for name, value in values.items(): check_value(name, value)
     return check_together(Config(**values))
 
-# %% ../../nbs/training/config.ipynb #af50a5e5
-QUICK_MODELS = {'repvgg': 'repvgg_n1', 'resnet': 'resnet10t', 'resnext': 'resnet10t', 'convnext': 'convnext_atto', 'mobilenet': 'mobilenetv3_small_050', 'efficientnet': 'mobilenetv3_small_050'}
+# %% ../../nbs/training/config.ipynb #0c264462
+QUICK_MODELS = {'repvgg': 'repvgg_s0', 'resnet': 'resnet10t', 'resnext': 'resnet10t', 'convnext': 'convnext_atto', 'mobilenet': 'mobilenetv3_small_050', 'efficientnet': 'mobilenetv3_small_050'}
 
 def quick_config(
     config: Config,

@@ -7,7 +7,7 @@ __all__ = ['COUNTERS', 'epoch_order', 'epoch_windows', 'make_optimizer', 'make_s
            'restore', 'load_batch', 'forward_backward', 'check_finite', 'train_step', 'predict', 'offset', 'judge',
            'interactive', 'run_epoch', 'finish_epoch', 'finish', 'line', 'headline', 'train']
 
-# %% ../../nbs/training/loop.ipynb #613be37a
+# %% ../../nbs/training/loop.ipynb #2231576b
 import dataclasses
 import json
 import os
@@ -33,7 +33,7 @@ from .checkpoint import load_checkpoint, pack, pack_optimizer, save_checkpoint, 
 from .config import Config, make_config, quick_config
 from .metrics import describe, per_class, summarise
 from .prepare import Data, Split, build_model, describe_data, prepare
-from .run import Run, locked, run_folder, start_folder, write_start
+from .run import Run, locked, run_folder, start_folder, sweep_folder, write_start
 
 # %% ../../nbs/training/loop.ipynb #9869253c
 def epoch_order(
@@ -357,7 +357,7 @@ def headline(run: Run) -> str:
     split = 'test' if 'test' in summary else 'val' if 'val' in summary else None
     return ('quick run, figures mean nothing; ' if summary['quick'] else '') + (f'{split}: {describe(summary[split])}' if split else 'no held-out images')
 
-# %% ../../nbs/training/loop.ipynb #c96c5518
+# %% ../../nbs/training/loop.ipynb #404a9bb4
 def train(
     config: Config,  # from make_config
     data: Data = None,  # from `prepare(quick_config(config))`, if it is at hand
@@ -375,6 +375,7 @@ def train(
     trainer = make_trainer(config, data, folder)
     start_folder(folder, config)
     with locked(folder, say):
+        sweep_folder(folder)
         write_start(folder, config)
         write_json(folder/'data.json', describe_data(data, trainer.plain))
         write_file(folder/'problems.csv', data.table.problems.to_csv(index=False))

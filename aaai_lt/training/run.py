@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Run', 'load_run', 'git_state', 'version', 'environment', 'locked', 'differing', 'run_folder',
-           'start_folder', 'write_start']
+           'start_folder', 'write_start', 'sweep_folder']
 
 # %% ../../nbs/training/run.ipynb #4200441c
 import dataclasses
@@ -155,3 +155,11 @@ def write_start(
     if not (folder/'config.yaml').exists():
         write_json(folder/'environment.json', environment())
         write_file(folder/'config.yaml', to_yaml(dataclasses.replace(config, overwrite=False)))
+
+# %% ../../nbs/training/run.ipynb #74691a37
+def sweep_folder(folder: Path) -> None:
+    "Remove what a killed process left half written in a run's folder. Hold the lock."
+    import shutil
+    for left in [*folder.rglob('.*.tmp'), *folder.rglob('.*.old')]:
+        if left.is_dir(): shutil.rmtree(left)
+        else: left.unlink()
