@@ -1,8 +1,6 @@
 "What several test files use: child processes that can really be killed, little image sets, and the comparison of two runs."
-import json
 import multiprocessing
 import os
-import random
 import sys
 import time
 from pathlib import Path

@@ -1,5 +1,4 @@
 "Reading, looking at, splitting and storing images: the fault pack, every reader, and a pixel store that survives being killed."
-import json
 import os
 import random
 import shutil
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aaai_lt.core import DataError, StorageError
-from aaai_lt.data import pixels, scan, split, table
+from aaai_lt.data import pixels, scan, split
 from aaai_lt.data.decode import BadImage, decode
 from aaai_lt.data.longtail import cut_tail
 from aaai_lt.data.table import ImageTable, read_images

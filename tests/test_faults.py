@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from aaai_lt.training.config import make_config
 from aaai_lt.training.prepare import prepare
 
 # A loss with state, a moving average, dropout and checkpoints in the middle of an epoch: 10 steps in each of 3 epochs.
-SETTINGS = {'name': 'run', 'model': 'test_resnet', 'input_size': 32, 'batch_size': 32, 'epochs': 3, 'lr': 2e-3, 'warmup_epochs': 0.5, 'loss': 'eqlv2', 'head_options': {'dropout': 0.2}, 'ema': 0.5, 'save_every': 2, 'device': 'cpu'}
+SETTINGS = {'name': 'run', 'model': 'test_resnet', 'input_size': 32, 'batch_size': 32, 'epochs': 3, 'lr': 2e-3, 'warmup_epochs': 0.5, 'loss': 'eqlv2', 'head_options': {'dropout': 0.2}, 'ema': 0.5, 'save_every': 2, 'select': 'balanced_accuracy', 'device': 'cpu'}
 COMMAND = [f'{name}={json.dumps(value)}' for name, value in SETTINGS.items()]
 STEPS = 30
 
@@ -152,7 +151,7 @@ def check_resumes(home, stops, **changes):
 
 @pytest.mark.parametrize('stops, changes', [  # also at the end of an epoch, and at the end of the run
     ([2, 1, 1, 4], {'sampler': 'class_balanced', 'accumulate': 3, 'loss': 'logit_adjustment', 'head': 'cosine', 'head_options': {}, 'ema': 0.0, 'save_every': 0}),
-    ([3, 4], {'model': 'repvgg_n1', 'augment_options': {'mixup': 0.4, 'cutmix': 1.0, 'hflip': 0}, 'optimizer': 'sgd', 'lr': 0.05, 'schedule': 'linear', 'clip': 1.0, 'batch_size': 64}),
+    ([3, 4], {'model': 'repvgg_n1', 'augment_options': {'mixup': 0.4, 'cutmix': 1.0, 'hflip': 0}, 'optimizer': 'sgd', 'lr': 0.05, 'schedule': 'linear', 'clip': 1.0, 'batch_size': 64, 'select': 'last'}),
 ], ids=['balanced accumulated cosine', 'repvgg mixed sgd'])
 def test_resumes(home, stops, changes): check_resumes(home, stops, epochs=2, **changes)
 
