@@ -58,7 +58,7 @@ def augment_options(
         if key not in OPTIONS: raise ConfigError(f'augment_options: unknown {key!r}: {nearest(key, OPTIONS)}')
         wanted = 2 if isinstance(OPTIONS[key], list) else 1
         given = value if isinstance(value, (list, tuple)) else [value]
-        if len(given) != wanted or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in given) or (wanted == 2 and not 0 < given[0] <= given[1]):
+        if len(given) != wanted or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < float('inf') for v in given) or (wanted == 2 and not 0 < given[0] <= given[1]):
             raise ConfigError(f'augment_options: {key} is {value!r}; ' + ('a range of two positive numbers is expected' if wanted == 2 else 'a number of at least 0 is expected'))
         if key in ('hflip', 'vflip', 'erase') and value > 1: raise ConfigError(f'augment_options: {key} is a probability, not {value!r}')
     return OPTIONS | AUGMENT[name] | (changes or {})

@@ -93,12 +93,15 @@ def open_store(
     folder: Path,
 ) -> PixelStore:
     "An existing store. Raises StorageError if it is not whole."
-    try: meta = json.loads((folder/'meta.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error: raise StorageError(5, f'{folder} is not a whole pixel store ({error}): delete it, it will be built again') from error
-    shape = (len(meta['paths']), meta['size'], meta['size'], 3)
+    try:
+        meta = json.loads((folder/'meta.json').read_text(encoding='utf-8'))
+        shape, bad = (len(meta['paths']), meta['size'], meta['size'], 3), meta['bad']
+    except (OSError, ValueError, KeyError, TypeError) as error: raise StorageError(5, f'{folder} is not a whole pixel store ({error}): delete it, it will be built again') from error
     if not (folder/'pixels.npy').is_file() or (folder/'pixels.npy').stat().st_size != 128 + int(np.prod(shape)):
         raise StorageError(5, f'{folder}/pixels.npy is damaged: delete {folder.name}, it will be built again')
-    return PixelStore(folder, np.load(folder/'pixels.npy', mmap_mode='r'), {p: i for i, p in enumerate(meta['paths'])}, meta['bad'])
+    try: pixels = np.load(folder/'pixels.npy', mmap_mode='r')
+    except ValueError as error: raise StorageError(5, f'{folder}/pixels.npy is damaged ({error}): delete {folder.name}, it will be built again') from error
+    return PixelStore(folder, pixels, {p: i for i, p in enumerate(meta['paths'])}, bad)
 
 # %% ../../nbs/data/pixels.ipynb #6821e621
 def sweep(

@@ -38,13 +38,15 @@ def draw_groups(
     order = frame.group.drop_duplicates().sort_values().to_numpy()
     order = order[np.random.default_rng([seed, 3]).permutation(len(order))]
     rank, held = {g: i for i, g in enumerate(order)}, set()
-    for label in frame.label.value_counts(ascending=True).index:
+    in_train = frame.groupby('label').group.nunique()  # groups of each class that are still in training
+    members = frame.groupby('group').label.unique()
+    for label in frame.label.value_counts().sort_index().sort_values(kind='stable').index:
         own = sizes[label]
         left = [g for g in own.index if g not in held]
         taken = own.sum() - own[left].sum()
         for group in sorted(left, key=rank.get):
-            if len(left) > 1 and abs(taken + own[group] - quota[label]) < abs(taken - quota[label]):
-                held.add(group); left.remove(group); taken += own[group]
+            if (in_train[members[group]] > 1).all() and abs(taken + own[group] - quota[label]) < abs(taken - quota[label]):
+                held.add(group); in_train[members[group]] -= 1; taken += own[group]
     return frame.group.isin(held).to_numpy()
 
 # %% ../../nbs/data/split.ipynb #038f5f51

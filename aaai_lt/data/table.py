@@ -251,9 +251,11 @@ def cut(
     where: str,  # a pandas query over the table's columns, such as "lt == 1 and split == 'train'"
 ) -> ImageTable:
     "The rows that fit a query; classes without any row left leave the list. Raises DataError."
-    try: kept = table.frame.query(where)
+    try: fits = table.frame.eval(where)
     except Exception as error:  # pandas raises many kinds here, all of them about the query's text
         raise DataError(f'where={where!r} cannot be used: {error}. Columns: {", ".join(table.frame.columns)}') from error
+    if not isinstance(fits, pd.Series) or not pd.api.types.is_bool_dtype(fits): raise DataError(f'where={where!r} is not a condition: it must be true or false for each row, as in "lt == 1"')
+    kept = table.frame[fits.fillna(False)]
     if not len(kept): raise DataError(f'where={where!r} leaves no image of {len(table):,}')
     present = np.unique(kept.label)
     position = np.full(len(table.classes), -1)

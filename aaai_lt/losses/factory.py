@@ -7,6 +7,7 @@ __all__ = ['LOSSES', 'make_loss']
 
 # %% ../../nbs/losses/factory.ipynb #2a16c0e5
 import inspect
+import math
 
 import torch
 from torch import Tensor, nn
@@ -34,5 +35,6 @@ def make_loss(
     for key, value in options.items():
         if key not in known: raise ConfigError(f'loss_options: {name} has no option {key!r}: {nearest(key, known)}')
         if isinstance(value, bool) or not isinstance(value, (int, float)): raise ConfigError(f'loss_options: {key} is {value!r}; a number is expected')
+        if not math.isfinite(value): raise ConfigError(f'loss_options: {key} is {value!r}; a finite number is expected')
         if key == 'smoothing' and not 0 <= value < 1: raise ConfigError(f'loss_options: smoothing is {value!r}; it lies in [0, 1)')
     return LOSSES[name](torch.as_tensor(class_counts), **options)

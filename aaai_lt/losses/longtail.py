@@ -88,14 +88,13 @@ class EQLv2(nn.Module):
         logits = logits.float()
         target = F.one_hot(target, logits.shape[1]).float() if target.ndim == 1 else target.float()
         negative, positive = eqlv2_weights(self.ratio, self.gamma, self.mu, self.alpha)
-        weights = positive * target + negative * (1 - target)
-        if self.training: self.collect((logits.detach().sigmoid() - target).abs() * weights, target)
-        return (F.binary_cross_entropy_with_logits(logits, target, reduction='none') * weights).sum() / len(logits)
+        if self.training: self.collect(positive * (-logits.detach()).sigmoid() * target, negative * logits.detach().sigmoid() * (1 - target))
+        return (positive * target * F.softplus(-logits) + negative * (1 - target) * F.softplus(logits)).sum() / len(logits)
 
     @torch.no_grad()
-    def collect(self, gradient: Tensor, target: Tensor):
+    def collect(self, positive: Tensor, negative: Tensor):
         "Add a batch's weighted gradients (of all processes) to the running sums."
-        sums = torch.stack([(gradient * target).sum(0), (gradient * (1 - target)).sum(0)])
+        sums = torch.stack([positive.sum(0), negative.sum(0)])
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(sums)
         self.pos_grad += sums[0]
         self.neg_grad += sums[1]

@@ -60,7 +60,9 @@ def load_weights(
     from safetensors.torch import load_file
     path = resolve(file)
     try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error: raise ConfigError(f'{path} is not a file of plain tensors, and nothing else is loaded: {str(error).splitlines()[0]}') from error
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error: raise ConfigError(f'{path} is not a file of plain tensors, and nothing else is loaded: {type(error).__name__} {str(error).partition(chr(10))[0]}') from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state): raise ConfigError(f'{path.name} holds a {type(state).__name__} instead of tensors by name')
+    if odd := [k for k, v in state.items() if not isinstance(v, Tensor)]: raise ConfigError(f'{path.name} holds {odd[0]!r}, which is no tensor: save only the state_dict of the model')
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not (k.startswith(allow_missing) and k in own and v.shape != own[k].shape)} if allow_missing else state
     missing = [k for k in own if k not in state and not k.startswith(tuple(allow_missing))]

@@ -50,7 +50,10 @@ def save_checkpoint(
     disk, folder = disk or DISK, Path(folder)
     place, beside = folder/f'step-{step:08}', folder/f'step-{step:08}.tmp'
     try:
-        if place.exists(): return place  # the same step of the same run: the same content
+        if place.exists():  # the same step of the same run: the same content, if it is whole
+            try: read_checkpoint(place)
+            except StorageError: disk.remove(place)
+            else: return place
         if not folder.exists(): disk.mkdir(folder)
         for left in folder.glob('step-*.tmp'): disk.remove(left)
         disk.mkdir(beside)
@@ -93,6 +96,7 @@ def read_checkpoint(
     "One checkpoint, checked before it is used. Raises StorageError naming file and reason."
     from safetensors import SafetensorError
     from safetensors.torch import load
+    reading = 'MANIFEST.json'
     try:
         if (place/'MANIFEST.json').is_symlink() or (place/'MANIFEST.json').stat().st_size > 10_000: raise StorageError(5, 'MANIFEST.json is not one of ours')
         manifest = json.loads((place/'MANIFEST.json').read_bytes())
@@ -100,9 +104,12 @@ def read_checkpoint(
         if set(manifest['files']) != set(FILES): raise StorageError(5, f'MANIFEST.json lists {sorted(manifest["files"])} instead of {sorted(FILES)}')
         if manifest['step'] != int(place.name[5:]): raise StorageError(5, f'MANIFEST.json is of step {manifest["step"]}')
         data = {name: read_checked(place, name, manifest['files'][name]) for name in FILES}
-        return manifest['step'], load(data[FILES[0]]), json.loads(data[FILES[1]])
+        reading = FILES[0]
+        tensors = load(data[FILES[0]])
+        reading = FILES[1]
+        return manifest['step'], tensors, json.loads(data[FILES[1]])
     except StorageError: raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error: raise StorageError(5, f'{type(error).__name__}: {error}') from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error: raise StorageError(5, f'{reading}: {type(error).__name__}: {error}') from error
 
 # %% ../../nbs/training/checkpoint.ipynb #b8f8a5b6
 def load_checkpoint(
@@ -144,7 +151,7 @@ def pack_optimizer(
     state = optimizer.state_dict()
     tensors = {f'optimizer.{i}.{key}': value for i, entry in state['state'].items() for key, value in entry.items() if isinstance(value, Tensor)}
     values = {f'{i}.{key}': value for i, entry in state['state'].items() for key, value in entry.items() if not isinstance(value, Tensor)}
-    return tensors, {'state': values, 'groups': state['param_groups']}
+    return tensors, {'state': values, 'groups': state['param_groups'], 'keys': {n.removeprefix('optimizer.'): list(t.shape) for n, t in tensors.items()}}
 
 # %% ../../nbs/training/checkpoint.ipynb #39aff20f
 def unpack_optimizer(
@@ -154,7 +161,11 @@ def unpack_optimizer(
 ) -> None:
     "Put the state back. Raises StorageError if it is of other parameters."
     state = {}
-    for name, value in {**unpack('optimizer', tensors), **values['state']}.items():
+    if lacking := [n for n in ('groups', 'state', 'keys') if n not in values]: raise StorageError(5, f'optimizer: the checkpoint lacks its {lacking[0]}')
+    found = unpack('optimizer', tensors)
+    shapes = {n: list(t.shape) for n, t in found.items()}
+    if wrong := sorted(n for n in values['keys'].keys() | shapes.keys() if values['keys'].get(n) != shapes.get(n)): raise StorageError(5, f'optimizer: {wrong[0]} is missing, unknown or of another shape')
+    for name, value in {**found, **values['state']}.items():
         index, _, key = name.partition('.')
         state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()['param_groups']

@@ -23,7 +23,8 @@ def settings_from(
     settings = {}
     if words and '=' not in words[0]:
         name = words.pop(0)
-        settings = recipe(name) if name in packaged('recipes') else read_settings(name)
+        try: settings = recipe(name) if name in packaged('recipes') else read_settings(name)
+        except FileNotFoundError as error: raise ConfigError(f'{error}; recipes that ship: {", ".join(packaged("recipes"))}') from None
     return settings | parse_settings(words)
 
 # %% ../../nbs/training/launch.ipynb #57f3dddd
@@ -55,9 +56,10 @@ def main(
         from aaai_lt.training.loop import train
         train(config, stop=lambda: bool(seen), say=lambda text: print(text, flush=True))
     except (ConfigError, DataError, DivergedError, StorageError, Stopped) as error:
-        print(f'{type(error).__name__}: {getattr(error, "strerror", None) or error}', file=sys.stderr, flush=True)
+        print(f'{type(error).__name__}: {" ".join(str(getattr(error, "strerror", None) or error).split())}', file=sys.stderr, flush=True)
         return error.exit_code
     except FileNotFoundError as error: print(f'DataError: {error}', file=sys.stderr); return DataError.exit_code
+    except OSError as error: print(f'StorageError: {error}', file=sys.stderr); return StorageError.exit_code
     return 0
 
 # %% ../../nbs/training/launch.ipynb #61281b6c

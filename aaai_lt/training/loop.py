@@ -122,8 +122,11 @@ def make_trainer(
 ) -> Trainer:
     "A run at its beginning. Raises ConfigError."
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from timm.utils import ModelEmaV3
     if config.device == 'cuda' and not torch.cuda.is_available(): raise ConfigError("device is 'cuda', and torch sees no GPU here: use device='auto'")
+    if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True)  # so that the next run of a notebook may choose anew
+    if config.precision == 'fp16' and (config.device == 'cpu' or not torch.cuda.is_available()): raise ConfigError("precision='fp16' needs a GPU: use 'bf16' or 'fp32'")
     accelerator = Accelerator(cpu=config.device == 'cpu', mixed_precision={'fp32': 'no'}.get(config.precision, config.precision))
     plain = build_model(config, data)
     layout = memory_format(plain, accelerator.device)
@@ -162,6 +165,7 @@ def restore(
     step, tensors, values = found
     missing = [n for n in (*COUNTERS, 'optimizer', 'data', 'scaler') if n not in values]
     if missing: raise StorageError(5, f'checkpoint step-{step:08} lacks {missing[0]!r}; it cannot be continued')
+    if values['step'] != step: raise StorageError(5, f'checkpoint step-{step:08} holds the state of step {values["step"]}')
     if values['data'] != trainer.data.hash: raise DataError(f'the data have changed since this run began (hash {values["data"]} then, {trainer.data.hash} now): give it another name, or overwrite=True')
     parts = {'model': trainer.plain, 'loss': trainer.loss} | ({'ema': trainer.ema.module} if trainer.ema else {})
     for name, module in parts.items():
@@ -235,8 +239,12 @@ def train_step(
         if i + 1 < len(window):
             with accelerator.no_sync(trainer.model): sums.append(forward_backward(trainer, first, indices, len(indices) / total))
         else: sums.append(forward_backward(trainer, first, indices, len(indices) / total))
-    norm = accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip or float('inf'))
-    if check_finite(trainer, window, sums, norm): trainer.optimizer.step()
+    accelerator.unscale_gradients()
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    fine = check_finite(trainer, window, sums, norm)
+    if config.clip: torch.nn.utils.clip_grads_with_norm_(trainer.model.parameters(), config.clip, norm)
+    if fine: trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     trainer.step += 1
     if trainer.ema: trainer.ema.update(trainer.plain, step=trainer.step)
@@ -295,13 +303,15 @@ def run_epoch(
     began, trainer.seconds = time.perf_counter() - trainer.seconds, trainer.seconds
     trainer.model.train()
     bar = tqdm(windows[trainer.step - trainer.epoch * len(windows):], desc=f'epoch {trainer.epoch + 1}/{config.epochs}', disable=not (progress and interactive()), leave=False)
+    stopping = False
     for window in bar:
         train_step(trainer, window)
         trainer.seconds = time.perf_counter() - began
         stopping = stop is not None and stop()
         due = config.save_every and trainer.step % config.save_every == 0 and window is not windows[-1]  # an epoch's end is saved with its metrics
-        if trainer.accelerator.is_main_process and (stopping or due): save(trainer)
-        if stopping: raise Stopped(f'stopped at step {trainer.step} of {len(windows) * config.epochs}, saved; the same command goes on')
+        if trainer.accelerator.is_main_process and (stopping and window is not windows[-1] or due): save(trainer)
+        if stopping and window is not windows[-1]: raise Stopped(f'stopped at step {trainer.step} of {len(windows) * config.epochs}, saved; the same command goes on')
+    return stopping
 
 # %% ../../nbs/training/loop.ipynb #2167e8f7
 def finish_epoch(trainer: Trainer) -> None:
@@ -310,6 +320,7 @@ def finish_epoch(trainer: Trainer) -> None:
     row = {'epoch': trainer.epoch + 1, 'step': trainer.step, 'lr': trainer.optimizer.param_groups[0]['lr'], 'train_loss': loss / images, 'train_accuracy': correct / images}
     if 'val' in trainer.data.splits:
         logits, val_loss = predict(trainer, trainer.judged, trainer.data.splits['val'])
+        if not np.isfinite(val_loss): raise DivergedError(f'the loss in validation is not finite after epoch {trainer.epoch + 1}')
         summary = summarise(judge(trainer, logits, 'val'))
         row |= {'val_loss': val_loss, **{f'val_{k}': summary[k] for k in ('accuracy', 'balanced_accuracy', *BANDS)}}
     trainer.epoch, trainer.totals = trainer.epoch + 1, [0.0, 0.0, 0]
@@ -376,16 +387,18 @@ def train(
     start_folder(folder, config)
     with locked(folder, say):
         sweep_folder(folder)
+        there = restore(trainer, say)
         write_start(folder, config)
         write_json(folder/'data.json', describe_data(data, trainer.plain))
         write_file(folder/'problems.csv', data.table.problems.to_csv(index=False))
-        if restore(trainer, say): say(f'continuing {folder.name} at step {trainer.step}, epoch {min(trainer.epoch + 1, config.epochs)} of {config.epochs}')
+        if there: say(f'continuing {folder.name} at step {trainer.step}, epoch {min(trainer.epoch + 1, config.epochs)} of {config.epochs}')
         else: say(f"training {folder.name}: {len(data.splits['train']):,} images, {len(data.class_counts)} classes, {data.input_size} px, on {trainer.accelerator.device}")
         while trainer.epoch < config.epochs:
-            run_epoch(trainer, stop)
+            stopping = run_epoch(trainer, stop)
             finish_epoch(trainer)
             say(line(trainer.history[-1]))
             if on_epoch: on_epoch(pd.DataFrame(trainer.history))
+            if stopping: raise Stopped(f'stopped at step {trainer.step}, at the end of epoch {trainer.epoch} of {config.epochs}, saved; the same command goes on')
         finish(trainer)
     say(f'finished: {headline(Run(folder))}')
     return Run(folder)

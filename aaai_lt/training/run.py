@@ -142,8 +142,9 @@ def start_folder(
     try:
         if config.overwrite and folder.exists():
             aside = folder.with_name(f'{folder.name}.old-{time.strftime("%Y%m%d-%H%M%S")}')
-            os.replace(folder, aside)
+            with locked(folder): os.replace(folder, aside)
         folder.mkdir(parents=True, exist_ok=True)
+    except StorageError: raise
     except OSError as error: raise StorageError(error.errno, f'could not make {folder}: {error.strerror}') from error
 
 # %% ../../nbs/training/run.ipynb #44d86e69
