@@ -21,7 +21,7 @@ $(READY): settings.ini setup.py constraints.txt
 
 train: $(READY)  ## the main job on the built-in data: outputs/train.ipynb is the report
 	@mkdir -p outputs
-	@$(RUN) papermill nbs/train.ipynb outputs/train.ipynb --no-progress-bar --log-output 2>&1 | grep -v -e 'without encryption' -e '^$$' ; exit $${PIPESTATUS[0]}
+	@$(RUN) papermill nbs/train.ipynb outputs/train.ipynb --no-progress-bar --log-output 2>&1 | grep -v -e 'without encryption' -e '^$$' -e '^Executing Cell' -e '^Ending Cell' -e '^<' ; exit $${PIPESTATUS[0]}
 	@echo "the report: outputs/train.ipynb (make lab opens it)"
 
 test: $(READY)   ## all tests but the slow ones

@@ -105,7 +105,7 @@ def measure(name, data, rounds, steps):
     shutil.rmtree(tmp)
     common = {'setting': name, 'model': model, 'input_size': size, 'batch': batch, 'images': count, 'steps': steps, 'threads': torch.get_num_threads(), 'machine': machine()}
     rows = [{'setting': name, 'kind': kind, 'images_per_s': round(float(np.median(r)), 1), 'lowest': round(min(r), 1), 'highest': round(max(r), 1), 'rounds': len(r),
-             'of_A': round(float(np.median(np.array(r) / np.array(rates['A'][:len(r)]))), 3)} | common for kind, r in rates.items()]
+             'of_A': round(float(np.median(np.array(r) / (np.array(rates['A']) if len(r) == rounds else np.median(rates['A'])))), 3)} | common for kind, r in rates.items()]
     def ratio(x, y): return np.array(rates[x]) / np.array(rates[y])
     for x, y in (('B', 'A'), ('C', 'B'), ('C', 'timm'), ('timm', 'A')):
         r = ratio(x, y)
