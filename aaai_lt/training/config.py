@@ -40,26 +40,26 @@ class Config:
     model: str = 'repvgg_s0'  # any timm name, or repvgg_n0 to n4, m0, m1, s0
     model_options: dict = field(default_factory=dict)  # of timm.create_model, such as {'drop_path_rate': 0.1}
     head: str = 'linear'  # linear, cosine
-    head_options: dict = field(default_factory=dict)
+    head_options: dict = field(default_factory=dict)  # of that head, such as {'scale': 30}
     pretrained: bool | str = False  # timm's weights, or a file of weights
     input_size: int = 0  # pixels; 0: what suits the model's weights, or else the data
     store_size: int = 0  # pixels at which images are kept; 0: input_size
     resize: str = 'squash'  # to a square: squash, crop, pad
     loss: str = 'balanced_softmax'  # cross_entropy, balanced_softmax, logit_adjustment, eqlv2
-    loss_options: dict = field(default_factory=dict)
+    loss_options: dict = field(default_factory=dict)  # of that loss, such as {'smoothing': 0.1}
     adjust_tau: float = 0.0  # post-hoc logit adjustment of the predictions; 0: none
     augment: str = 'light'  # none, light, standard
     augment_options: dict = field(default_factory=dict)  # what differs from it, such as {'hflip': 0}
     sampler: str = 'shuffle'  # shuffle, class_balanced
-    epochs: int = 30
+    epochs: int = 30  # times through the training images
     batch_size: int = 64  # images in a batch, over all processes
     accumulate: int = 1  # batches before each step of the optimizer
     optimizer: str = 'adamw'  # any name of timm.optim
     lr: float = 2e-3  # the highest learning rate, as it is (never scaled by the batch)
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # where the schedule ends
     weight_decay: float = 0.05  # not on biases and normalisations
     schedule: str = 'cosine'  # cosine, linear, constant; per step, after the warm-up
-    warmup_epochs: float = 1.0
+    warmup_epochs: float = 1.0  # of rising learning rate at the beginning
     ema: float = 0.0  # decay of the moving average of the weights, which is then what is judged and kept; 0: none
     clip: float = 0.0  # largest norm of the gradient; 0: no clipping
     select: str = 'balanced_accuracy'  # which epoch's weights are kept: best balanced_accuracy or accuracy in validation, or last
