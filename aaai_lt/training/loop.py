@@ -377,7 +377,7 @@ def train(
     say=print,  # where lines go; `lambda text: None` for silence
 ) -> Run:
     "Train, or continue, or report that it is done; see the notebook for what is promised. Raises ConfigError, DataError, DivergedError, StorageError, Stopped."
-    config = quick_config(config)
+    config = quick_config(make_config(**dataclasses.asdict(config)))  # a Config made by hand is checked here
     folder = run_folder(config)
     if Run(folder).finished and not config.overwrite:
         say(f'{folder.name} is finished: {headline(Run(folder))}')
