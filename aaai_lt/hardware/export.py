@@ -23,6 +23,7 @@ from ..data.decode import decode
 from ..data.pixels import to_square
 from ..data.predictions import load_predictions
 from ..data.table import ImageTable, read_bytes
+from ..losses.factory import LOSSES
 from ..models.repvgg import deploy_form
 from ..models.zoo import Classifier, load_weights, make_model
 from ..training.run import Run
@@ -69,9 +70,8 @@ def describe_model(
 ) -> dict:
     "What the reader of an exported file needs to know."
     config, data = run.config, run.data
-    loss_activation = {'eqlv2': 'sigmoid'}.get(config.loss, 'softmax')
     return {'classes': data['classes'], 'input_size': data['input_size'], 'resize': config.resize, 'store_size': data['store_size'], 'mean': data['mean'], 'std': data['std'],
-        'activation': loss_activation, 'run': run.name, 'weights_sha256': hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()}
+        'activation': LOSSES[config.loss].activation, 'run': run.name, 'weights_sha256': hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()}
 
 # %% ../../nbs/hardware/export.ipynb #95c4a506
 def read_metadata(
