@@ -432,7 +432,7 @@ def test_unaltered_state_is_restored(trained, tmp_path):
     assert {n.split('.')[0] for n in one} == {'model', 'ema', 'loss', 'optimizer'}
 
 
-VALUES = ('step', 'epoch', 'totals', 'history', 'best', 'seconds', 'skipped', 'optimizer', 'data', 'scaler')
+VALUES = ('step', 'epoch', 'totals', 'history', 'best', 'seconds', 'skipped', 'optimizer', 'config', 'data', 'scaler')
 
 
 @pytest.mark.parametrize('name', VALUES)

@@ -406,14 +406,14 @@ def test_statistics_are_not_finite(trainer):
 def test_skipped_half_precision_steps(trainer, monkeypatch):
     "The fp16 scaler may leave out 20 steps in a row, not 21; a step that works starts the count anew. (Which the scaler leaves out is its own affair: here it is only there.)"
     monkeypatch.setattr(trainer.accelerator, 'scaler', object())
-    window, sums = [(0, np.arange(4))], [torch.ones(3)]
+    window, sums = [(0, np.arange(4))], torch.ones(1, 3)
     def overflow(): return loop.check_finite(trainer, window, sums, torch.tensor(float('inf')))
     for _ in range(20): assert overflow()
     assert loop.check_finite(trainer, window, sums, torch.tensor(1.0))
     for _ in range(20): assert overflow()
     with pytest.raises(DivergedError): overflow()
     trainer.skipped = 0
-    with pytest.raises(DivergedError): loop.check_finite(trainer, window, [torch.full((3,), float('nan'))], torch.tensor(1.0))
+    with pytest.raises(DivergedError): loop.check_finite(trainer, window, torch.full((1, 3), float('nan')), torch.tensor(1.0))
 
 
 def test_divergence_keeps_the_last_epoch(warm, monkeypatch):

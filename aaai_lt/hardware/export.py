@@ -34,7 +34,7 @@ def run_model(
 ) -> Classifier:  # on the CPU, in eval mode
     "The chosen weights of a run in its model. Raises ConfigError if they do not fit."
     config, data = run.config, run.data
-    model = make_model(config.model, len(data['classes']), config.head, config.head_options, False, data['input_size'], **config.model_options)
+    model = make_model(config.model, len(data['classes']), config.head, config.head_options, False, data['input_size'], config.standardize, **config.model_options)
     load_weights(model, run.folder/'best.safetensors')
     return model.eval()
 

@@ -45,6 +45,7 @@ class Config:
     input_size: int = 0  # pixels; 0: what suits the model's weights, or else the data
     store_size: int = 0  # pixels at which images are kept; 0: input_size
     resize: str = 'squash'  # to a square: squash, crop, pad
+    standardize: bool = False  # each image to mean 0 and deviation 1, inside the model: for very uneven light
     loss: str = 'balanced_softmax'  # cross_entropy, balanced_softmax, logit_adjustment, eqlv2
     loss_options: dict = field(default_factory=dict)  # of that loss, such as {'smoothing': 0.1}
     adjust_tau: float = 0.0  # post-hoc logit adjustment of the predictions; 0: none

@@ -118,4 +118,4 @@ def build_model(
 ) -> Classifier:
     "The model of a run, its fresh weights decided by the seed. Raises ConfigError."
     torch.manual_seed(config.seed)
-    return make_model(config.model, len(data.table.classes), config.head, config.head_options, config.pretrained, data.input_size, **config.model_options)
+    return make_model(config.model, len(data.table.classes), config.head, config.head_options, config.pretrained, data.input_size, config.standardize, **config.model_options)
