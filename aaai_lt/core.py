@@ -59,6 +59,7 @@ def inside(
     low, high = map(float, interval[1:-1].split(','))
     return low < value < high or value == low and interval[0] == '[' or value == high and interval[-1] == ']'
 
+# %% ../nbs/core.ipynb #2ecb405a
 def check_option(
     name: str,  # for the message, such as 'loss_options: smoothing'
     value,

@@ -65,7 +65,7 @@ def adaptive_margins(
     u = torch.as_tensor(class_counts).double().clamp(min=1) ** -0.25
     return (smallest + (largest - smallest) * (u - u.min()) / (u.max() - u.min()).clamp(min=1e-12)).float()
 
-# %% ../../nbs/losses/margins.ipynb #6d19619f
+# %% ../../nbs/losses/margins.ipynb #643dac1b
 class MarginLoss(nn.Module):
     "Another loss, given logits scale · cosine whose target has been moved by a margin while training."
     def __init__(self,
@@ -90,7 +90,9 @@ class MarginLoss(nn.Module):
             return cosine.scatter(1, target[:, None], own)
         soft = (F.one_hot(target, cosine.shape[1]) if target.ndim == 1 else target).to(cosine.dtype)
         share = (1 - self.smoothing) * soft + self.smoothing / cosine.shape[1]
-        return cosine + share * (with_margin(cosine, soft @ self.margins.to(cosine.dtype)[:, None], self.easy_margin) - cosine)
+        where = rows, _ = share.nonzero(as_tuple=True)  # mixup has two classes an image, of perhaps thousands
+        own, margin = cosine[where], (soft @ self.margins.to(cosine.dtype))[rows]
+        return cosine.index_put(where, own + share[where] * (with_margin(own, margin, self.easy_margin) - own))
 
 # %% ../../nbs/losses/margins.ipynb #37beadcf
 def add_margin(
