@@ -24,6 +24,8 @@ from ..data.pixels import to_square
 from ..data.predictions import load_predictions
 from ..data.table import ImageTable, read_bytes
 from ..losses.factory import LOSSES
+from ..losses.longtail import prior_offset
+from ..models.heads import fold_adjustment
 from ..models.repvgg import deploy_form
 from ..models.zoo import Classifier, load_weights, make_model
 from ..training.run import Run
@@ -71,7 +73,7 @@ def describe_model(
     "What the reader of an exported file needs to know."
     config, data = run.config, run.data
     return {'classes': data['classes'], 'input_size': data['input_size'], 'resize': config.resize, 'store_size': data['store_size'], 'mean': data['mean'], 'std': data['std'],
-        'activation': LOSSES[config.loss].activation, 'run': run.name, 'weights_sha256': hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()}
+        'activation': LOSSES[config.loss].activation, **({'adjusted': f'logit adjustment, tau {config.adjust_tau}'} if config.adjust_tau else {}), 'run': run.name, 'weights_sha256': hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()}
 
 # %% ../../nbs/hardware/export.ipynb #95c4a506
 def read_metadata(
@@ -132,9 +134,10 @@ def export_run(
     table: ImageTable,  # the run's table, for real images
     images: int = 63,  # compared
 ) -> pd.DataFrame:  # the comparison
-    "Write the run's model.onnx and compare it on held-out images. Raises DataError if it differs: the file is then removed."
+    "Write the run's model.onnx, any post-hoc adjustment inside, and compare it on held-out images. Raises DataError if it differs: the file is then removed."
     split = next((s for s in ('val', 'test', 'train') if len(table.split(s))), None)
-    model, data = run_model(run), run.data
+    model, data, tau = run_model(run), run.data, run.config.adjust_tau
+    if tau: model.head = fold_adjustment(model.head, prior_offset(data['class_counts'], tau))
     file = export_onnx(model, run.folder/'model.onnx', data['input_size'], describe_model(run))
     comparison = compare(model, file, run_images(run, table, split, images)).assign(split=split)
     try: check_export(comparison)

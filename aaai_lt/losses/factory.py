@@ -5,25 +5,36 @@
 # %% auto #0
 __all__ = ['LOSSES', 'make_loss']
 
-# %% ../../nbs/losses/factory.ipynb #2a16c0e5
+# %% ../../nbs/losses/factory.ipynb #0845fbe1
 import inspect
-import math
 
 import torch
 from torch import Tensor, nn
 
-from ..core import ConfigError, nearest
-from .longtail import BalancedSoftmax, CrossEntropy, EQLv2, LogitAdjustment
+from ..core import ConfigError, check_options, nearest
+from .equalization import EQL, EQLv2, Seesaw, SoftEQL
+from .longtail import BalancedSoftmax, ClassBalanced, CrossEntropy, Focal, LabelAwareSmoothing, LogitAdjustment
+from .margins import LDAM
+from .noisy import GCE, SymmetricCE
 
-# %% ../../nbs/losses/factory.ipynb #a66cc329
+# %% ../../nbs/losses/factory.ipynb #bf6283c7
 LOSSES = {
     'cross_entropy': CrossEntropy,
+    'focal': Focal,
+    'class_balanced': ClassBalanced,
+    'ldam': LDAM,
     'balanced_softmax': BalancedSoftmax,
     'logit_adjustment': LogitAdjustment,
+    'label_aware_smoothing': LabelAwareSmoothing,
+    'eql': EQL,
     'eqlv2': EQLv2,
+    'soft_eql': SoftEQL,
+    'seesaw': Seesaw,
+    'gce': GCE,
+    'symmetric': SymmetricCE,
 }
 
-# %% ../../nbs/losses/factory.ipynb #389bffb1
+# %% ../../nbs/losses/factory.ipynb #519fe64c
 def make_loss(
     name: str,  # of LOSSES
     class_counts,  # training images of each class, shape (classes,)
@@ -31,10 +42,5 @@ def make_loss(
 ) -> nn.Module:  # loss(logits, target) -> scalar
     "A loss by name. Raises ConfigError for an unknown name or option, or a value it cannot use."
     if name not in LOSSES: raise ConfigError(f'loss is {name!r}: {nearest(name, LOSSES)}')
-    known = [p for p in inspect.signature(LOSSES[name].__init__).parameters if p not in ('self', 'class_counts')]
-    for key, value in options.items():
-        if key not in known: raise ConfigError(f'loss_options: {name} has no option {key!r}: {nearest(key, known)}')
-        if isinstance(value, bool) or not isinstance(value, (int, float)): raise ConfigError(f'loss_options: {key} is {value!r}; a number is expected')
-        if not math.isfinite(value): raise ConfigError(f'loss_options: {key} is {value!r}; a finite number is expected')
-        if key == 'smoothing' and not 0 <= value < 1: raise ConfigError(f'loss_options: smoothing is {value!r}; it lies in [0, 1)')
+    check_options(f'loss_options: {name}', LOSSES[name], options, ('class_counts',))
     return LOSSES[name](torch.as_tensor(class_counts), **options)

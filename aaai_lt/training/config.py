@@ -39,14 +39,14 @@ class Config:
     max_pixels: int = MAX_PIXELS  # images with more are left out
     model: str = 'repvgg_s0'  # any timm name, or repvgg_n0 to n4, m0, m1, s0
     model_options: dict = field(default_factory=dict)  # of timm.create_model, such as {'drop_path_rate': 0.1}
-    head: str = 'linear'  # linear, cosine
+    head: str = 'linear'  # linear, cosine, arcface
     head_options: dict = field(default_factory=dict)  # of that head, such as {'scale': 30}
     pretrained: bool | str = False  # timm's weights, or a file of weights
     input_size: int = 0  # pixels; 0: what suits the model's weights, or else the data
     store_size: int = 0  # pixels at which images are kept; 0: input_size
     resize: str = 'squash'  # to a square: squash, crop, pad
     standardize: bool = False  # each image to mean 0 and deviation 1, inside the model: for very uneven light
-    loss: str = 'balanced_softmax'  # cross_entropy, balanced_softmax, logit_adjustment, eqlv2
+    loss: str = 'balanced_softmax'  # cross_entropy, focal, class_balanced, ldam, balanced_softmax, logit_adjustment, label_aware_smoothing, eql, eqlv2, soft_eql, seesaw, gce, symmetric
     loss_options: dict = field(default_factory=dict)  # of that loss, such as {'smoothing': 0.1}
     adjust_tau: float = 0.0  # post-hoc logit adjustment of the predictions; 0: none
     augment: str = 'light'  # none, light, standard

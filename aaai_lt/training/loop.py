@@ -29,7 +29,8 @@ from ..data.augment import augment_batch, augment_options, draws, eval_batch
 from ..data.longtail import BANDS
 from ..data.predictions import Predictions, save_predictions
 from ..losses.factory import make_loss
-from ..losses.longtail import prior_offset
+from ..losses.longtail import prior_offset, set_progress
+from ..losses.margins import add_margin
 from ..models.zoo import memory_format
 from .checkpoint import load_checkpoint, pack, pack_optimizer, save_checkpoint, tensor_bytes, unpack, unpack_optimizer
 from .config import Config, config_hash, make_config, quick_config
@@ -138,7 +139,7 @@ def make_trainer(
     accelerator, plain = make_accelerator(config), build_model(config, data)
     layout = memory_format(plain, accelerator.device)
     plain = plain.to(accelerator.device, memory_format=layout)
-    loss = make_loss(config.loss, data.class_counts, **config.loss_options).to(accelerator.device)
+    loss = add_margin(make_loss(config.loss, data.class_counts, **config.loss_options), plain.head, data.class_counts).to(accelerator.device)
     optimizer = make_optimizer(plain, config)
     windows = epoch_windows(np.arange(len(data.splits['train'])), config.batch_size, config.accumulate)
     if min(len(indices) for window in windows for _, indices in window) < accelerator.num_processes: raise ConfigError(f'batch_size={config.batch_size} leaves some of the {accelerator.num_processes} processes without an image')
@@ -324,6 +325,7 @@ def run_epoch(
     bar = tqdm(windows[trainer.step - trainer.epoch * len(windows):], desc=f'epoch {trainer.epoch + 1}/{config.epochs}', disable=not (progress and interactive() and trainer.accelerator.is_main_process), leave=False)
     stopping = False
     for window in bar:
+        set_progress(trainer.loss, trainer.step / (len(windows) * config.epochs))
         train_step(trainer, window)
         trainer.seconds = time.perf_counter() - began
         stopping = stop is not None and stop()
