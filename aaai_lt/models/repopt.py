@@ -184,6 +184,7 @@ def read_scales(
 def apply_scales(
     model: nn.Module,  # fresh, in mode target, csla or hs
     scales: dict,  # from `read_scales` or `extract_scales`; None: the initial ones, as if the search had found nothing
+    kernels: bool = True,  # False: the model's kernels have begun already
 ) -> None:
     "Give a model its scales, and a target's kernels their beginning: scale_conv · its own + scale_1x1 · a fresh 1 × 1 kernel + the identity. Raises ConfigError if they do not fit."
     own = extract_scales(model.state_dict())
@@ -195,7 +196,7 @@ def apply_scales(
     with torch.no_grad():
         for name in state:
             if SCALE.search(name): state[name].copy_(scales[next(iter(extract_scales({name: state[name]})))])
-        for block in repopt_blocks(model, 'target'):
+        for block in repopt_blocks(model, 'target') if kernels else []:
             fresh = nn.Conv2d(block.conv.in_channels, block.conv.out_channels, 1, bias=False).weight.to(block.conv.weight)
             block.conv.weight.copy_(merge_kernel(block.conv.weight, fresh, *block.scales()))
 

@@ -28,6 +28,17 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.backbone, self.head, self.mean, self.std = backbone, head, tuple(mean), tuple(std)
+        self.frozen = False
+
+    def freeze(self):
+        "From now on only the head is trained: no gradients in the backbone, and its batch statistics stay."
+        self.backbone.requires_grad_(False).eval()
+        self.frozen = True
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.frozen: self.backbone.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor: return self.head(self.backbone(images))
 
@@ -54,9 +65,10 @@ def load_weights(
     model: nn.Module,
     file,  # .safetensors, or a .pth that holds tensors only
     allow_missing: tuple = (),  # prefixes of names that the file need not hold, such as ('head.',)
+    ignore: tuple = (),  # prefixes of names that are left in the file
 ) -> None:
     "Load weights by name. Nothing that could run code is read. Raises ConfigError naming what does not fit."
-    state, own = read_tensors(file), model.state_dict()
+    state, own = {k: v for k, v in read_tensors(file).items() if not k.startswith(ignore)}, model.state_dict()
     state = {k: v for k, v in state.items() if not (k.startswith(allow_missing) and k in own and v.shape != own[k].shape)} if allow_missing else state
     missing = [k for k in own if k not in state and not k.startswith(tuple(allow_missing))]
     wrong = [k for k in state if k not in own] + [k for k in state if k in own and state[k].shape != own[k].shape]
