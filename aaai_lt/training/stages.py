@@ -9,7 +9,7 @@ __all__ = ['OF_THE_DATA', 'NOT_IN_A_STAGE', 'is_target', 'check_start', 'stage_c
 import dataclasses
 from pathlib import Path
 
-from ..core import ConfigError
+from ..core import ConfigError, resolve
 from ..models.repopt import NAMES, apply_scales, extract_scales, read_scales
 from ..models.weights import read_tensors
 from ..models.zoo import Classifier, load_weights
@@ -63,8 +63,9 @@ def weights_file(
 ) -> Path:
     "The file of weights that a setting names. Raises ConfigError."
     if name == 'previous': raise ConfigError(f"{setting} is 'previous', and there is no stage before this one")
-    if Path(name).suffix in ('.safetensors', '.pth', '.pt'): return Path(name)
-    try: run = load_run(name)
+    try:
+        if Path(name).suffix in ('.safetensors', '.pth', '.pt'): return resolve(name)
+        run = load_run(name)
     except FileNotFoundError as error: raise ConfigError(f'{setting}: {error}') from error
     if not run.finished: raise ConfigError(f'{setting}: the run {run.name} is not finished')
     return run.folder/'best.safetensors'
@@ -72,7 +73,7 @@ def weights_file(
 def find_scales(
     name: str,  # 'initial', a run's name or folder, or a file
 ):  # -> dict of scales, or None for the initial ones
-    "The scales that a setting names: of a search, of a target that used them, or of a file. Raises ConfigError, FileNotFoundError."
+    "The scales that a setting names: of a search, of a target that used them, or of a file. Raises ConfigError."
     if name == 'initial': return None
     file = weights_file(name, 'scales')
     if file.name != 'best.safetensors': return read_scales(file)
@@ -84,6 +85,6 @@ def begin(
     model: Classifier,  # fresh
     config: Config,
 ) -> None:
-    "Give a fresh model the weights and scales that its settings name. Raises ConfigError if they do not fit, FileNotFoundError."
+    "Give a fresh model the weights and scales that its settings name. Raises ConfigError if they do not fit."
     if config.start: load_weights(model, weights_file(config.start, 'start'), allow_missing=('head.',), ignore=() if config.start_head else ('head.',))
     if config.scales not in ('', 'none'): apply_scales(model.backbone, find_scales(config.scales), kernels=not config.start)
