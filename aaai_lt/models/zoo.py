@@ -6,16 +6,16 @@
 __all__ = ['standardize', 'Classifier', 'make_backbone', 'load_weights', 'make_model', 'has_fragile_stem', 'memory_format']
 
 # %% ../../nbs/models/zoo.ipynb #25b1e3c4
-import pickle
 from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from ..core import ConfigError, nearest, resolve
-from . import repvgg  # registers its variants with timm
+from ..core import ConfigError, nearest
+from . import repopt, repvgg  # they register their variants with timm
 from .heads import make_head
+from .weights import read_tensors
 
 # %% ../../nbs/models/zoo.ipynb #2b49ad9a
 def standardize(
@@ -39,6 +39,17 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.backbone, self.head, self.mean, self.std, self.standardize = backbone, head, tuple(mean), tuple(std), standardize
+        self.frozen = False
+
+    def freeze(self):
+        "From now on only the head is trained: no gradients in the backbone, and its batch statistics stay."
+        self.backbone.requires_grad_(False).eval()
+        self.frozen = True
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.frozen: self.backbone.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor: return self.head(self.backbone(standardize(images) if self.standardize else images))
 
@@ -65,20 +76,14 @@ def load_weights(
     model: nn.Module,
     file,  # .safetensors, or a .pth that holds tensors only
     allow_missing: tuple = (),  # prefixes of names that the file need not hold, such as ('head.',)
+    ignore: tuple = (),  # prefixes of names that are left in the file
 ) -> None:
     "Load weights by name. Nothing that could run code is read. Raises ConfigError naming what does not fit."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    path = resolve(file)
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error: raise ConfigError(f'{path} is not a file of plain tensors, and nothing else is loaded: {type(error).__name__} {str(error).partition(chr(10))[0]}') from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state): raise ConfigError(f'{path.name} holds a {type(state).__name__} instead of tensors by name')
-    if odd := [k for k, v in state.items() if not isinstance(v, Tensor)]: raise ConfigError(f'{path.name} holds {odd[0]!r}, which is no tensor: save only the state_dict of the model')
-    own = model.state_dict()
+    state, own = {k: v for k, v in read_tensors(file).items() if not k.startswith(ignore)}, model.state_dict()
     state = {k: v for k, v in state.items() if not (k.startswith(allow_missing) and k in own and v.shape != own[k].shape)} if allow_missing else state
     missing = [k for k in own if k not in state and not k.startswith(tuple(allow_missing))]
     wrong = [k for k in state if k not in own] + [k for k in state if k in own and state[k].shape != own[k].shape]
-    if missing or wrong: raise ConfigError(f'{path.name} does not fit the model: {len(missing)} tensors missing ({", ".join(missing[:3])}), {len(wrong)} unknown or of another shape ({", ".join(wrong[:3])})')
+    if missing or wrong: raise ConfigError(f'{Path(file).name} does not fit the model: {len(missing)} tensors missing ({", ".join(missing[:3])}), {len(wrong)} unknown or of another shape ({", ".join(wrong[:3])})')
     model.load_state_dict(state, strict=False)
 
 # %% ../../nbs/models/zoo.ipynb #e18b6e7e

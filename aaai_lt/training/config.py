@@ -37,11 +37,15 @@ class Config:
     imbalance_factor: float = 0.0  # cut the training split to an exponential tail of this factor; 0 leaves it
     bad_images: str = 'quarantine'  # leave unusable images out and list them; or 'fail'
     max_pixels: int = MAX_PIXELS  # images with more are left out
-    model: str = 'repvgg_s0'  # any timm name, or repvgg_n0 to n4, m0, m1, s0
+    model: str = 'repvgg_s0'  # any timm name, or repvgg_n0 to n4, m0, m1, s0; repopt_a0 and its like, which need scales
     model_options: dict = field(default_factory=dict)  # of timm.create_model, such as {'drop_path_rate': 0.1}
     head: str = 'linear'  # linear, cosine, arcface
     head_options: dict = field(default_factory=dict)  # of that head, such as {'scale': 30}
     pretrained: bool | str = False  # timm's weights, or a file of weights
+    start: str = ''  # a run or a file of weights to begin with; in stages: previous
+    start_head: bool = True  # begin with its classifier as well, where the shape is the same
+    freeze: str = ''  # backbone: only the classifier is trained
+    scales: str = ''  # of a repopt model: a run that searched or used them, a file, initial, none; in stages: previous
     input_size: int = 0  # pixels; 0: what suits the model's weights, or else the data
     store_size: int = 0  # pixels at which images are kept; 0: input_size
     resize: str = 'squash'  # to a square: squash, crop, pad
@@ -59,11 +63,13 @@ class Config:
     lr: float = 2e-3  # the highest learning rate, as it is (never scaled by the batch)
     min_lr: float = 0.0  # where the schedule ends
     weight_decay: float = 0.05  # not on biases and normalisations
+    weight_decay_rule: str = 'kernels'  # kernels: each for itself; repvgg: the branches as the one kernel they fold to
     schedule: str = 'cosine'  # cosine, linear, constant; per step, after the warm-up
     warmup_epochs: float = 1.0  # of rising learning rate at the beginning
     ema: float = 0.0  # decay of the moving average of the weights, which is then what is judged and kept; 0: none
     clip: float = 0.0  # largest norm of the gradient; 0: no clipping
     select: str = 'balanced_accuracy'  # which epoch's weights are kept: best balanced_accuracy or accuracy in validation, or last
+    stages: list = field(default_factory=list)  # settings of runs that follow each other, each a dict of what differs; the last keeps the name
     seed: int = 0  # of the weights, the order and the augmentation
     save_every: int = 0  # a checkpoint also after so many steps; 0: after each epoch only
     workers: int = 0  # threads that read and decode images; 0: one for each core
@@ -73,7 +79,7 @@ class Config:
     overwrite: bool = False  # move an old run of the same name away and start anew
 
 # %% ../../nbs/training/config.ipynb #2cd77659
-CHOICES = {'tiny_classes': ('train', 'both'), 'bad_images': ('quarantine', 'fail'), 'resize': ('squash', 'crop', 'pad'), 'sampler': ('shuffle', 'class_balanced'),
+CHOICES = {'tiny_classes': ('train', 'both'), 'bad_images': ('quarantine', 'fail'), 'resize': ('squash', 'crop', 'pad'), 'sampler': ('shuffle', 'class_balanced'), 'freeze': ('', 'backbone'), 'weight_decay_rule': ('kernels', 'repvgg'),
            'schedule': ('cosine', 'linear', 'constant'), 'select': ('balanced_accuracy', 'accuracy', 'last'), 'device': ('auto', 'cpu', 'cuda', 'mps'), 'precision': ('fp32', 'bf16', 'fp16')}
 POSITIVE = ('epochs', 'batch_size', 'accumulate', 'lr', 'max_pixels')
 BELOW_ONE = ('val_fraction', 'test_fraction', 'ema')
@@ -119,9 +125,12 @@ def check_together(
     from aaai_lt.models.heads import make_head
     import timm
     from timm.optim import list_optimizers
-    from aaai_lt.models import repvgg  # registers its variants
+    from aaai_lt.models import repopt, repvgg  # they register their variants
+    from aaai_lt.training.stages import check_start, stage_configs
+    if config.stages: stage_configs(config); return config
     if not timm.is_model(config.model.split('.')[0]): raise ConfigError(f'model is {config.model!r}, which timm does not know: {nearest(config.model, timm.list_models())[:200]}')
     if config.optimizer not in list_optimizers(): raise ConfigError(f'optimizer is {config.optimizer!r}: {nearest(config.optimizer, list_optimizers())[:200]}')
+    check_start(config)
     augment_options(config.augment, config.augment_options)
     loss = make_loss(config.loss, [1, 1], **config.loss_options)
     make_head(config.head, 2, 2, **config.head_options)
@@ -157,9 +166,12 @@ def quick_config(
 ) -> Config:
     "The same family, in under a minute. A model whose family has no small stand-in stays as it is."
     if not config.quick: return config
+    from aaai_lt.training.stages import is_target
     builtin = config.data if config.data.split(':')[0] in BUILTIN else 'digits'
-    small = next((model for family, model in QUICK_MODELS.items() if config.model.startswith(family)), config.model)
-    return dataclasses.replace(config, data=builtin, where='', columns={}, group='', imbalance_factor=0.0, model=small, model_options={}, pretrained=False,
+    small = next((model for family, model in QUICK_MODELS.items() if config.model.startswith(family)), re.sub(r'^repopt_[a-z]\d', 'repopt_s0', config.model))
+    scales = 'initial' if is_target(config.model) and config.scales not in ('none', 'previous') else config.scales
+    start = config.start if config.start == 'previous' else ''
+    return dataclasses.replace(config, data=builtin, where='', columns={}, group='', imbalance_factor=0.0, model=small, model_options={}, pretrained=False, start=start, scales=scales,
         input_size=32, store_size=0, epochs=min(config.epochs, 3), warmup_epochs=min(config.warmup_epochs, 1.0), batch_size=min(config.batch_size, 64), save_every=0)
 
 # %% ../../nbs/training/config.ipynb #b4f1c08a

@@ -32,7 +32,7 @@ def usage() -> str:
     "Every setting with its default and meaning."
     lines = ['python -m aaai_lt.training.launch [recipe.yaml] [name=value ...]', '', f'recipes that ship: {", ".join(packaged("recipes"))}', '', 'settings:']
     for match in re.finditer(r'^    (\w+): [^=]+ = (.+?)  # (.+)$', inspect.getsource(Config), re.M):
-        default = re.sub(r'field\(default_factory=dict\)', '{}', match[2])
+        default = match[2].replace('field(default_factory=dict)', '{}').replace('field(default_factory=list)', '[]')
         lines.append(f'  {match[1]:17} {default:22} {match[3]}')
     return '\n'.join(lines)
 
