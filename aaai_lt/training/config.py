@@ -20,6 +20,7 @@ import yaml
 from ..core import ConfigError, nearest, resolve
 from ..data.builtin import BUILTIN
 from ..data.decode import MAX_PIXELS
+from ..data.longtail import TAILS
 
 # %% ../../nbs/training/config.ipynb #806c7eba
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Config:
     data: str = 'digits'  # a folder, a CSV, a list, or a built-in set: digits, aaai-profile
     where: str = ''  # a pandas query over the table's columns that takes a cut
     columns: dict = field(default_factory=dict)  # CSV columns that are not found by themselves: {'path': …, 'label': …, 'split': …}
+    fixes: str = ''  # a CSV of corrections to apply: path, action (accept, relabel, drop), label
     group: str = ''  # a column whose groups must stay on one side of the split
     val_fraction: float = 0.1  # of each class, if the data give no validation split
     test_fraction: float = 0.0  # of each class, if the data give no test split
     split_seed: int = 0  # of the split and of the cut, apart from the training's seed
     tiny_classes: str = 'train'  # classes too small for validation: 'train', or 'both' to copy them into it
-    imbalance_factor: float = 0.0  # cut the training split to an exponential tail of this factor; 0 leaves it
+    imbalance_factor: float = 0.0  # cut the training split to a tail of this factor; 0 leaves it
+    tail: str = 'exponential'  # the shape of that cut: exponential, pareto, step
     bad_images: str = 'quarantine'  # leave unusable images out and list them; or 'fail'
     max_pixels: int = MAX_PIXELS  # images with more are left out
     model: str = 'repvgg_s0'  # any timm name, or repvgg_n0 to n4, m0, m1, s0
@@ -72,7 +75,7 @@ class Config:
     overwrite: bool = False  # move an old run of the same name away and start anew
 
 # %% ../../nbs/training/config.ipynb #2cd77659
-CHOICES = {'tiny_classes': ('train', 'both'), 'bad_images': ('quarantine', 'fail'), 'resize': ('squash', 'crop', 'pad'), 'sampler': ('shuffle', 'class_balanced'),
+CHOICES = {'tail': tuple(TAILS), 'tiny_classes': ('train', 'both'), 'bad_images': ('quarantine', 'fail'), 'resize': ('squash', 'crop', 'pad'), 'sampler': ('shuffle', 'class_balanced'),
            'schedule': ('cosine', 'linear', 'constant'), 'select': ('balanced_accuracy', 'accuracy', 'last'), 'device': ('auto', 'cpu', 'cuda', 'mps'), 'precision': ('fp32', 'bf16', 'fp16')}
 POSITIVE = ('epochs', 'batch_size', 'accumulate', 'lr', 'max_pixels')
 BELOW_ONE = ('val_fraction', 'test_fraction', 'ema')
@@ -158,7 +161,7 @@ def quick_config(
     if not config.quick: return config
     builtin = config.data if config.data.split(':')[0] in BUILTIN else 'digits'
     small = next((model for family, model in QUICK_MODELS.items() if config.model.startswith(family)), config.model)
-    return dataclasses.replace(config, data=builtin, where='', columns={}, group='', imbalance_factor=0.0, model=small, model_options={}, pretrained=False,
+    return dataclasses.replace(config, data=builtin, where='', columns={}, fixes='', group='', imbalance_factor=0.0, model=small, model_options={}, pretrained=False,
         input_size=32, store_size=0, epochs=min(config.epochs, 3), warmup_epochs=min(config.warmup_epochs, 1.0), batch_size=min(config.batch_size, 64), save_every=0)
 
 # %% ../../nbs/training/config.ipynb #b4f1c08a
