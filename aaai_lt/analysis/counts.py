@@ -40,7 +40,7 @@ def plot_counts(
     for name in BANDS:
         at = np.flatnonzero(band == name)
         if len(at): ax.bar(at, counts[order][at], width=0.9, color=BAND_COLOURS[name], label=f'{name}: {len(at)} classes, {share_text(counts[order][at].sum() / counts.sum())} of all')
-    ax.set(yscale='log', ylabel=what, xlim=(-0.7, len(counts) - 0.3))
+    ax.set(yscale='log', ylabel=what, xlim=(-0.7, len(counts) - 0.3), ylim=(0.6 * counts[counts > 0].min(initial=counts.max()), None))  # the smallest bar stays visible
     if classes is not None and len(counts) <= 60: ax.set_xticks(range(len(counts)), [str(classes[i]) for i in order], rotation=90 if len(counts) > 12 else 0, fontsize=8)
     else: ax.set_xlabel('classes, most frequent first')
     share = ax.twinx()

@@ -151,7 +151,8 @@ def plot_class_sizes(
     ax.plot(others.width, others.height, '.', color='0.8', ms=3)
     ax.plot(own.width, own.height, '.', color='black', ms=4)
     sides = rows[['width', 'height']]
-    ax.set(xscale='log', yscale='log', xlim=(sides.min().min() / 1.3, sides.max().max() * 1.3), ylim=(sides.min().min() / 1.3, sides.max().max() * 1.3), title='sizes, pixels')
+    limits = sides.min().min() / 1.7, sides.max().max() * 1.7
+    ax.set(xscale='log', yscale='log', xlim=limits, ylim=limits, title='width and height, pixels')
     for axis in (ax.xaxis, ax.yaxis): pixel_axis(axis)
 
 # %% ../../nbs/analysis/explorer.ipynb #36c7f342
@@ -170,10 +171,11 @@ def plot_class(
     sizes, splits, taken = upper.subplots(1, 3)
     if len(rows) and 'width' in rows: plot_class_sizes(rows, label, sizes)
     else: sizes.set_axis_off()
-    by_split = own.split.replace('', 'no split').value_counts(sort=False)
+    by_split = own.split.replace('', 'no split').value_counts().reindex(['train', 'val', 'test', 'no split']).dropna()
     splits.bar(by_split.index, by_split, color=BAND_COLOURS[class_rows(table, rows).band[label]], width=0.6)
-    splits.set(title='images by split'), splits.margins(y=0.15)
-    for at, images in enumerate(by_split): splits.annotate(f'{images:,}', (at, images), (0, 2), textcoords='offset points', ha='center', fontsize=8)
+    splits.set(title='images by split', xlim=(-0.6, max(len(by_split), 3) - 0.4)), splits.margins(y=0.15)
+    splits.yaxis.get_major_locator().set_params(integer=True)
+    for at, images in enumerate(by_split): splits.annotate(f'{images:,.0f}', (at, images), (0, 2), textcoords='offset points', ha='center', fontsize=8)
     wrong = answers[(answers.true == label) & ~answers.correct & answers.path.isin(own.path)].said.value_counts().head(6)[::-1] if answers is not None else []
     taken.barh([str(table.classes[i]) for i in wrong.index], wrong, color='0.5', height=0.6) if len(wrong) else taken.set_axis_off()
     if len(wrong): taken.set_title('taken for'), taken.xaxis.get_major_locator().set_params(integer=True)

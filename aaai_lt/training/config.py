@@ -222,8 +222,9 @@ def notebook_settings(
     "The settings assigned in cells that begin with `# Parameters`. Raises ConfigError for a name that is none."
     cells = [cell for cell in namespace.get('In', []) if cell.lstrip().startswith('# Parameters')]
     default = dataclasses.asdict(Config())
+    own = assigned_names(cells[0]) if cells else [n for n in default if n in namespace]
     injected = [name for cell in cells[1:] for name in assigned_names(cell)]
-    assigned = assigned_names(cells[0]) + injected if cells else [n for n in default if n in namespace]
-    for name in assigned:
-        if name not in default and name not in also: raise ConfigError(f'unknown parameter {name!r}: {nearest(name, [*default, *also])}')
+    for name, known in [(n, [*default, *also]) for n in own] + [(n, own) for n in injected]:  # papermill only warns of a parameter that the notebook has not
+        if name not in known: raise ConfigError(f'unknown parameter {name!r}: {nearest(name, known)}')
+    assigned = own + injected
     return {name: namespace[name] for name in assigned if name in default and (name in injected or namespace[name] != default[name])}
