@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from ..core import DISK, DataError, nearest, root, table
-from .longtail import exponential_counts
+from .longtail import tail_counts
 from .table import ImageTable, read_csv
 
 # %% ../../nbs/data/builtin.ipynb #7de0ff3e
@@ -33,7 +33,7 @@ def digit_rows(
     train, val = train_test_split(rest, test_size=round(0.1 * len(digits.target)), stratify=digits.target[rest], random_state=seed)
     frame = pd.DataFrame({'label': digits.target, 'split': ''})
     for name, rows in (('train', train), ('val', val), ('test', test)): frame.loc[rows, 'split'] = name
-    wanted = exponential_counts((digits.target[train] == 0).sum(), 10, factor)
+    wanted = tail_counts((digits.target[train] == 0).sum(), 10, factor)
     rank = frame[frame.split == 'train'].sample(frac=1, random_state=seed).groupby('label').cumcount().reindex(frame.index)
     frame = frame[(frame.split != 'train') | (rank < wanted[frame.label])]
     frame.insert(0, 'path', [f'{r.split}/{r.label}/{r.Index:04}.png' for r in frame.itertuples()])

@@ -6,13 +6,11 @@
 __all__ = ['settings_from', 'usage', 'stop_on_signals', 'main']
 
 # %% ../../nbs/training/launch.ipynb #8bc05a3f
-import inspect
-import re
 import signal
 import sys
 
 from ..core import ConfigError, DataError, DivergedError, Stopped, StorageError, packaged, recipe
-from .config import Config, make_config, parse_settings, read_settings
+from .config import describe_settings, make_config, parse_settings, read_settings
 
 # %% ../../nbs/training/launch.ipynb #9141b3a7
 def settings_from(
@@ -31,9 +29,7 @@ def settings_from(
 def usage() -> str:
     "Every setting with its default and meaning."
     lines = ['python -m aaai_lt.training.launch [recipe.yaml] [name=value ...]', '', f'recipes that ship: {", ".join(packaged("recipes"))}', '', 'settings:']
-    for match in re.finditer(r'^    (\w+): [^=]+ = (.+?)  # (.+)$', inspect.getsource(Config), re.M):
-        default = match[2].replace('field(default_factory=dict)', '{}').replace('field(default_factory=list)', '[]')
-        lines.append(f'  {match[1]:17} {default:22} {match[3]}')
+    lines += [f'  {name:17} {default:22} {meaning}' for name, default, meaning in describe_settings()]
     return '\n'.join(lines)
 
 # %% ../../nbs/training/launch.ipynb #c171b274

@@ -1,0 +1,315 @@
+"The explorer and the review panel: their widgets moved from Python, the report by papermill, and all of it used in a real browser."
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from helpers import noise
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aaai_lt.analysis import explorer
+from aaai_lt.core import DataError, StorageError
+from aaai_lt.data.scan import scan
+from aaai_lt.data.table import ImageTable, read_folder
+
+
+@pytest.fixture
+def pets(tmp_path):
+    "Two classes; one picture stands under both."
+    for i, path in enumerate(f'{c}/{n}.png' for c in ('cat', 'dog') for n in range(12)): noise(tmp_path/'pets'/path, i, (30 + i, 20 + i))
+    shutil.copy(tmp_path/'pets'/'cat'/'0.png', tmp_path/'pets'/'dog'/'copy.png')
+    return tmp_path/'pets'
+
+
+@pytest.fixture
+def table(pets): return scan(read_folder(pets), progress=False)
+
+
+def walk(box): return [box, *(w for child in getattr(box, 'children', ()) for w in walk(child))]
+def find(box, kind, description=''): return next(w for w in walk(box) if type(w).__name__ == kind and (not description or w.description == description))
+
+
+# -- decisions
+
+def test_decisions_are_rows_that_the_readers_apply(table, tmp_path):
+    file = tmp_path/'new'/'fixes.csv'
+    explorer.record(file, 'cat/0.png', 'relabel', 'dog')
+    explorer.record(file, 'dog/3.png', 'drop')
+    fixed = table.with_fixes(file)
+    assert list(fixed.frame.label.value_counts().sort_index()) == [11, 13] and 'dog/3.png' not in set(fixed.frame.path)
+
+
+@given(st.lists(st.tuples(st.text('a,"\n é/', min_size=1).map(str.strip).filter(bool), st.sampled_from(['accept', 'relabel', 'drop'])), min_size=1, max_size=8))
+def test_any_path_survives_the_csv(rows):
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder)/'fixes.csv'
+        for path, action in rows: explorer.record(file, path, action, 'a, "b"' if action == 'relabel' else '')
+        read = pd.read_csv(file, dtype=str, keep_default_na=False)
+        assert list(zip(read.path, read.action)) == rows and len(explorer.undecided(pd.DataFrame({'path': [p for p, _ in rows] + ['new']}), file)) == 1
+
+
+def test_a_torn_row_swallows_no_decision(table, tmp_path):
+    file = tmp_path/'fixes.csv'
+    explorer.record(file, 'cat/0.png', 'accept')
+    with open(file, 'a') as out: out.write('cat/1.p')  # the machine stopped here
+    explorer.record(file, 'cat/2.png', 'drop')
+    assert list(explorer.undecided(pd.DataFrame({'path': ['cat/0.png', 'cat/1.png', 'cat/2.png']}), file).path) == ['cat/1.png']
+    with pytest.raises(DataError, match=r'row 2 \(line 3\)'): table.with_fixes(file)  # and it is not overlooked
+
+
+def test_what_is_no_decision_is_refused(tmp_path):
+    for action, label in (('delete', ''), ('relabel', ''), ('accept', 'dog')):
+        with pytest.raises(DataError, match='is no decision'): explorer.record(tmp_path/'fixes.csv', 'a', action, label)
+    assert not (tmp_path/'fixes.csv').exists()
+
+
+def test_a_decision_that_cannot_be_written_is_asked_again(table, tmp_path):
+    (tmp_path/'fixes.csv').mkdir()  # a folder in the place of the file
+    with pytest.raises(StorageError, match='could not write'): explorer.record(tmp_path/'fixes.csv', 'cat/0.png', 'accept')
+    panel = explorer.review(table, explorer.suspects(table), tmp_path/'fixes.csv')
+    find(panel, 'Button', 'accept').click()
+    assert 'could not write' in find(panel, 'HTML').value and '1 of 2' in find(panel, 'HTML').value
+
+
+def test_review_goes_on_where_it_stopped(table, tmp_path):
+    found, file = explorer.suspects(table), tmp_path/'fixes.csv'
+    assert set(found.path) == {'cat/0.png', 'dog/copy.png'} and found.reason.str.contains('same bytes under').all()
+    first = explorer.review(table, found, file)
+    find(first, 'Button', 'skip').click()
+    assert find(first, 'Button', 'back').disabled is False and not file.exists()
+    find(first, 'Button', 'drop').click()
+    assert 'All 2' in find(first, 'HTML').value and find(first, 'Button', 'drop').disabled
+    second = explorer.review(table, found, file)
+    assert '1 of 1' in find(second, 'HTML').value and found.path[0] in find(second, 'HTML').value
+    find(second, 'Button', 'accept').click()
+    assert 'All 2' in find(explorer.review(table, found, file), 'HTML').value
+    assert list(pd.read_csv(file, keep_default_na=False).action) == ['drop', 'accept']
+
+
+# -- the explorer
+
+def test_many_classes_are_shown_in_pieces():
+    frame = pd.DataFrame({'path': [f'{i}.png' for i in range(500)], 'archive': '', 'label': np.arange(500) % 250, 'split': 'train', 'width': 20, 'height': 20})
+    table = ImageTable(frame, tuple(f'c{i}' for i in range(250)), root='.')
+    rows = explorer.class_rows(table, explorer.chosen_rows(table))
+    controls = explorer.explorer_controls(table, bars=100)
+    assert controls['first'].max == 150 and controls['first'].layout.display is None and len(rows) == 250
+
+
+def test_a_click_a_filter_and_an_order_move_the_picture(table):
+    box = explorer.explore(table)
+    bars = next(w for w in walk(box) if 'aaai-lt-bars' in getattr(w, '_dom_classes', ()))
+    seen = [bytes(find(box, 'Image').value)]
+    def moved():
+        seen.append(bytes(find(box, 'Image').value))
+        assert seen[-1] != seen[-2] and seen[-1].startswith(b'\x89PNG')
+    assert find(box, 'Select').value == 1  # dog has one more
+    bars.children[1].click()
+    moved()
+    assert find(box, 'HTML').value.startswith('cat: 12 of 25 images')
+    find(box, 'Text').value = 'width > 40'
+    moved()
+    assert find(box, 'HTML').value.startswith('cat: 1 of ')
+    find(box, 'Select').value = 1
+    moved()
+    find(box, 'Text').value = 'wdth > 40'
+    assert 'cannot be used' in find(box, 'HTML').value and 'width' in find(box, 'HTML').value and find(box, 'Image').value == seen[-1]
+    find(box, 'Text').value = 'width < 0'  # nothing left
+    assert '0 of 0 images' in find(box, 'HTML').value
+
+
+def test_labels_that_look_like_html_are_shown_as_text(tmp_path):
+    noise(tmp_path/'pets'/'<b>bold'/'1.png', 1)
+    noise(tmp_path/'pets'/'plain'/'1.png', 2)
+    box = explorer.explore(scan(read_folder(tmp_path/'pets'), progress=False))
+    assert '&lt;b&gt;bold' in find(box, 'HTML').value
+
+
+# -- the report
+
+def papermill(home, *words, **more):
+    env = os.environ | {'AAAI_LT_HOME': str(home)} | more
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'analyse.ipynb'), str(home/'out.ipynb'), '--no-progress-bar', *words], cwd=home, env=env, capture_output=True, text=True, timeout=280)
+    return done.returncode, done.stdout + done.stderr
+
+
+def printed(home):
+    cells = json.loads((home/'out.ipynb').read_text())['cells']
+    return '\n'.join(''.join(o.get('text', [])) + ''.join(o.get('data', {}).get('text/plain', [])) for c in cells for o in c.get('outputs', []))
+
+
+def test_the_report_of_a_run_with_corrections(home, pets):
+    "Analyse shows a run's errors; what was decided is applied, what stays in doubt is listed; as in a session of Jupyter the widgets are made too."
+    from aaai_lt.training.config import make_config
+    from aaai_lt.training.loop import train
+    train(make_config(name='mine', data=str(pets), epochs=1, input_size=32, model='repvgg_s0', val_fraction=0.25), say=lambda *_: None)
+    (home/'fixes.csv').write_text('path,action,label\ncat/0.png,accept,\ndog/1.png,drop,\n')
+    code, output = papermill(home, '-p', 'run', 'mine', '-p', 'fixes', 'fixes.csv', JPY_SESSION_NAME='a session')
+    assert code == 0, output[-3000:]
+    text = printed(home)
+    assert re.search(r'dropped\s+left out\s+1', text) and '1 under several labels' in text and re.search(r'dog/copy.png\s+same bytes under', text)
+    assert re.search(r'\d of \d right, \d+% \[', text) and re.search(r'(\d+) labels are in doubt, \d+ of them undecided; decisions go to .*fixes\.csv', text)
+    widgets = [o for c in json.loads((home/'out.ipynb').read_text())['cells'] for o in c.get('outputs', []) if 'application/vnd.jupyter.widget-view+json' in o.get('data', {})]
+    assert len(widgets) >= 2, 'the explorer and the panel'
+
+
+@pytest.mark.parametrize('name, said', [('input_sise', "unknown parameter 'input_sise': did you mean 'input_size'"), ('lr', "unknown parameter 'lr'")])  # the second is a setting of a run, but not of this notebook
+def test_an_unknown_parameter_stops_the_report_before_anything_is_read(name, said, home):
+    code, output = papermill(home, '-p', name, '64')
+    assert code != 0 and said in output and not (home/'data').exists()
+
+
+# -- in a real browser
+
+def find_browser():
+    "(playwright, path of a browser or None for its own); the test is skipped, saying what to install, where there is none."
+    playwright = pytest.importorskip('playwright.sync_api', reason='no playwright: pip install playwright, then playwright install --with-deps chromium (or apt-get install chromium)')
+    named = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if named: return playwright, named
+    with playwright.sync_playwright() as p:
+        if not Path(p.chromium.executable_path).exists(): pytest.skip('no browser: apt-get install --no-install-recommends chromium, or playwright install --with-deps chromium')
+    return playwright, None
+
+
+class Lab:
+    "JupyterLab over a folder, with settings, workspaces and runtime files of its own."
+    def __init__(self, folder, home):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            self.port = free.getsockname()[1]
+        self.token, self.log = secrets.token_hex(16), folder/'lab.log'
+        settings = {'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}, 'notebook-extension/tracker': {'windowingMode': 'defer', 'autoStartDefaultKernel': True}}
+        for plugin, values in settings.items():
+            file = folder/'settings'/'@jupyterlab'/f'{plugin}.jupyterlab-settings'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(values))
+        own = {'JUPYTERLAB_SETTINGS_DIR': 'settings', 'JUPYTERLAB_WORKSPACES_DIR': 'workspaces', 'JUPYTER_RUNTIME_DIR': 'runtime', 'JUPYTER_CONFIG_DIR': 'config', 'IPYTHONDIR': 'ipython', 'MPLCONFIGDIR': 'matplotlib'}
+        env = os.environ | {name: str(folder/place) for name, place in own.items()} | {'AAAI_LT_HOME': str(home), 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={self.port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={self.token}', f'--ServerApp.root_dir={folder/"work"}', '--allow-root']
+        self.process = subprocess.Popen(command, env=env, stdout=open(self.log, 'w'), stderr=subprocess.STDOUT)
+        deadline = time.time() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f'http://127.0.0.1:{self.port}/api', timeout=2)
+                return
+            except OSError:
+                assert self.process.poll() is None and time.time() < deadline, self.log.read_text()[-3000:]
+                time.sleep(0.2)
+
+    def url(self, notebook): return f'http://127.0.0.1:{self.port}/lab/tree/{notebook}?token={self.token}&reset'
+    def close(self):
+        self.process.terminate()
+        try: self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def with_parameters(notebook, place, **values):
+    "A copy of a run notebook in which somebody has typed other values into the parameters cell; its outputs are gone."
+    nb = json.loads((ROOT/'nbs'/notebook).read_text())
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'code': cell['outputs'] = []
+        if 'parameters' in cell['metadata'].get('tags', []):
+            text = ''.join(cell['source'])
+            for name, value in values.items():
+                text, times = re.subn(rf'^{name} = .*$', lambda _: f'{name} = {value!r}', text, flags=re.M)
+                assert times == 1, name
+            cell['source'] = text.splitlines(True)
+    place.write_text(json.dumps(nb))
+
+
+def run_all(page, lab, notebook):
+    "Open a notebook and run all its cells, once its kernel is up."
+    page.goto(lab.url(notebook))
+    page.locator('.jp-Notebook .jp-Cell').first.wait_for(timeout=60_000)
+    page.locator('#jp-main-statusbar').get_by_text(re.compile(r'\| Idle')).wait_for(timeout=60_000)
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+
+
+SHOWN = '''image => { if (!image.complete || !image.naturalWidth) return '';
+  const canvas = document.createElement('canvas'); canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+  canvas.getContext('2d').drawImage(image, 0, 0); return canvas.toDataURL(); }'''
+
+
+def settled(page, picture, old=''):
+    "What a picture shows, once that differs from `old` and has stayed the same for a second. Its pixels are compared, since its address changes with every redraw."
+    last, since = old, time.time()
+    while time.time() - since < (30 if last == old else 1):
+        now = picture.first.evaluate(SHOWN) if picture.count() else ''
+        if now and now != last: last, since = now, time.time()
+        page.wait_for_timeout(100)
+    assert last != old, f'{picture} did not change'
+    return last
+
+
+def use_explorer(page, file):
+    "Click a bar, choose from the list, filter, decide."
+    box, panel = page.locator('.widget-box:has(> .aaai-lt-bars)'), page.locator('.aaai-lt-review')
+    picture, suspect = box.locator('img.widget-image'), panel.locator('img.widget-image')
+    picture.wait_for(timeout=90_000)
+    first = settled(page, picture)
+    box.locator('.aaai-lt-bars button').nth(1).click()
+    second = settled(page, picture, first)
+    box.locator('.widget-html').get_by_text(re.compile('cat: 12 of 25 images')).wait_for(timeout=10_000)
+    box.locator('.widget-select select').select_option(index=0)
+    third = settled(page, picture, second)
+    query = box.get_by_placeholder(re.compile('a query'))
+    query.fill('width > 45')
+    query.press('Enter')
+    query.blur()
+    settled(page, picture, third)
+    panel.wait_for(timeout=30_000)
+    before = settled(page, suspect)
+    panel.get_by_role('button', name='drop').click()
+    settled(page, suspect, before)
+    assert [line.split(',')[1] for line in file.read_text().splitlines()] == ['action', 'drop']
+
+
+def watch_training(page):
+    "The plot of a run is drawn while the run goes on, and redrawn."
+    live = page.locator('.jp-CodeCell', has_text='live_plot(run_name(config))').locator('.jp-RenderedImage img')
+    live.first.wait_for(timeout=60_000)
+    settled(page, live, settled(page, live))
+    page.locator('#jp-main-statusbar').get_by_text(re.compile(r'\| Idle')).wait_for(timeout=90_000)
+
+
+def test_in_a_browser(tmp_path, home, pets):
+    "JupyterLab in headless Chromium: analyse is run and used, then train draws its plot while it trains."
+    playwright, executable = find_browser()
+    folder = tmp_path/'lab'
+    (folder/'work').mkdir(parents=True)
+    with_parameters('analyse.ipynb', folder/'work'/'analyse.ipynb', data=str(pets), pixels=False)
+    with_parameters('train.ipynb', folder/'work'/'train.ipynb', name='watched', epochs=12)
+    lab, errors = Lab(folder, home), []
+    try:
+        with playwright.sync_playwright() as p:
+            browser = p.chromium.launch(executable_path=executable, headless=True, args='--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
+            for notebook, use in (('analyse.ipynb', lambda page: use_explorer(page, home/'outputs'/'pets-fixes.csv')), ('train.ipynb', watch_training)):
+                page = browser.new_page(viewport={'width': 1300, 'height': 900})
+                page.on('pageerror', lambda error: errors.append(str(error)))
+                try:
+                    run_all(page, lab, notebook)
+                    use(page)
+                    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0 and not errors, errors
+                except BaseException:
+                    page.screenshot(path=tmp_path/f'failed-{notebook}.png')
+                    print(f'a picture of the page: {tmp_path}/failed-{notebook}.png', lab.log.read_text()[-1500:])
+                    raise
+                page.close()
+            browser.close()
+    finally: lab.close()
