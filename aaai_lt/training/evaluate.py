@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VIEWS', 'latest_run', 'set_input_size', 'run_model', 'run_data', 'data_changes', 'in_classes', 'read_unlabelled',
            'is_flat', 'other_data', 'mirrored', 'predict_images', 'evaluate', 'per_class_of', 'predictions_frame',
-           'evaluation_folder', 'save_evaluation', 'adopt_weights']
+           'evaluation_folder', 'save_evaluation', 'adopt_weights', 'choose_run', 'notebook_parameters']
 
-# %% ../../nbs/training/evaluate.ipynb #a36f02b7
+# %% ../../nbs/training/evaluate.ipynb #16e23576
+import ast
 import dataclasses
 import hashlib
 import os
@@ -17,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from torch import Tensor, nn
 
-from ..core import ConfigError, DataError, StorageError, nearest, resolve, root, write_file, write_json
+from ..core import ConfigError, DataError, StorageError, nearest, packaged, recipe, resolve, root, write_file, write_json
 from ..data.augment import eval_batch
 from ..data.pixels import build_store
 from ..data.predictions import Predictions, probabilities, save_predictions
@@ -29,7 +31,8 @@ from ..losses.factory import LOSSES
 from ..losses.longtail import prior_offset
 from ..models.zoo import Classifier, load_weights, make_model, memory_format
 from .checkpoint import tensor_bytes
-from .config import Config, make_config, quick_config, run_name
+from .config import assigned_names, check_type, make_config, quick_config, read_settings, run_name
+from .loop import train
 from .metrics import confusion_matrix, per_class, summarise
 from .prepare import Data, Split, build_model, data_hash, describe_data, prepare
 from .run import Run, load_run, locked, write_start
@@ -278,3 +281,32 @@ def adopt_weights(
         if tables: write_file(run.folder/'per_class.csv', pd.concat(tables.values()).to_csv(index=False))
         write_json(run.folder/'summary.json', {'quick': config.quick, 'best_epoch': None, 'epochs': 0, 'seconds': 0.0} | {split: summarise(table) for split, table in tables.items()})
     return run
+
+# %% ../../nbs/training/evaluate.ipynb #3dd5c507
+def choose_run(
+    run: str = '',  # a run's name or folder; a recipe or a YAML file of settings, for weights without a run; '': the run that finished last
+    weights='',  # a file of weights
+    quick: bool = False,  # if there is no run yet, train only the quick form
+    say=print,
+) -> tuple:  # (the run, the file of weights that is to be used instead of its own)
+    "The run to look at; on a fresh clone the digits are trained first. Raises ConfigError, FileNotFoundError."
+    if not run: return latest_run() or train(make_config(**recipe('digits') | {'quick': quick}), say=say), weights
+    if not (run in packaged('recipes') or str(run).endswith(('.yaml', '.yml'))): return load_run(run), weights
+    if not weights: raise ConfigError(f'{run!r} is settings without a run: name the file of weights they belong to (weights=)')
+    return adopt_weights(weights, say is print, **(recipe(run) if run in packaged('recipes') else read_settings(run))), ''
+
+# %% ../../nbs/training/evaluate.ipynb #f0e7dcac
+def notebook_parameters(
+    namespace: dict,  # globals() of the notebook
+) -> dict:  # the parameters by name
+    "The checked parameters of a run notebook. Raises ConfigError."
+    cells = [cell for cell in namespace['In'] if cell.lstrip().startswith('# Parameters')]
+    default = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cells[0]).body}
+    for name in (n for cell in cells[1:] for n in assigned_names(cell)):
+        if name not in default: raise ConfigError(f'unknown parameter {name!r}: {nearest(name, default)}')
+    values = {name: namespace[name] for name in default}
+    for name, value in values.items():
+        if isinstance(default[name], (list, dict)) and isinstance(value, str):
+            try: values[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error: raise ConfigError(f'{name} is {value!r}, which is no {type(default[name]).__name__}: {error}') from error
+    return {name: check_type(name, type(default[name]), value) for name, value in values.items()}
