@@ -125,7 +125,7 @@ def plot_comparison(
             ax.plot([values[variant].mean()] * 2, [y - 0.3, y + 0.3], color='black', lw=1.5)
         ax.set_title(measure.replace('_', ' '), fontsize=9)
         ax.set(yticks=range(len(order)), yticklabels=order)
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        ax.xaxis.set_major_formatter(lambda value, _: f'{100 * value:g}%')
         ax.xaxis.set_major_locator(plt.MaxNLocator(3))
         ax.tick_params(labelsize=8)
         ax.margins(x=0.12)
