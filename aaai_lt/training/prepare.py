@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['look_at_data', 'training_table', 'make_table', 'data_hash', 'choose_input_size', 'Split', 'Data', 'prepare',
-           'describe_data', 'build_model']
+           'describe_data', 'model_of', 'build_model']
 
 # %% ../../nbs/training/prepare.ipynb #067fea37
 import hashlib
@@ -125,10 +125,20 @@ def describe_data(
         'not_held_out': data.not_held_out, 'hash': data.hash, 'input_size': data.input_size, 'store_size': data.store.pixels.shape[1],
         'mean': list(model.mean), 'std': list(model.std)}
 
+def model_of(
+    config: Config,
+    num_classes: int,
+    input_size: int,  # pixels
+    pretrained=False,  # timm's weights, or a file of them
+) -> Classifier:
+    "The model that settings describe. Raises ConfigError."
+    return make_model(config.model, num_classes, config.head, config.head_options, pretrained, input_size, config.standardize, **config.model_options)
+
 def build_model(
     config: Config,
     data: Data,
 ) -> Classifier:
     "The model of a run, its fresh weights decided by the seed. Raises ConfigError."
     torch.manual_seed(config.seed)
-    return make_model(config.model, len(data.table.classes), config.head, config.head_options, config.pretrained, data.input_size, config.standardize, **config.model_options)
+    return model_of(config, len(data.table.classes), data.input_size, config.pretrained)
+
