@@ -65,7 +65,7 @@ class Graph:
 
     def __repr__(self): return f'Graph: {len(self.steps):,} steps, {sum(s.macs for s in self.steps):,} multiply-adds, {sum(s.parameters for s in self.steps):,} parameters'
 
-# %% ../../nbs/hardware/graph.ipynb #6c143151
+# %% ../../nbs/hardware/graph.ipynb #80afe952
 def empty_model(
     name: str,  # any name that make_model takes
     num_classes: int,
@@ -75,10 +75,7 @@ def empty_model(
     **options,  # of timm.create_model
 ) -> nn.Module:  # on the meta device, in eval mode
     "A classifier that has shapes but no weights. Raises ConfigError."
-    from accelerate import init_empty_weights
-    with init_empty_weights(include_buffers=False):  # buffers are real while the model is built: some constructors read them
-        model = make_model(name, num_classes, head, head_options, False, input_size, **options)
-    return model.to('meta').eval()
+    with torch.device('meta'): return make_model(name, num_classes, head, head_options, False, input_size, **options).eval()
 
 # %% ../../nbs/hardware/graph.ipynb #6a2e414d
 def empty_copy(
