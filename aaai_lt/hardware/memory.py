@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['IN_PLACE', 'TERMS', 'buffer_bytes', 'last_uses', 'place', 'liveness', 'peak', 'describe_buffers', 'draw_limit',
-           'draw_stages', 'plot_memory', 'size_that_fits', 'remedies', 'most', 'fits', 'model_row']
+           'draw_stages', 'plot_memory', 'size_that_fits', 'remedies', 'most', 'fits', 'model_row', 'published_table']
 
-# %% ../../nbs/hardware/memory.ipynb #f01fcf11
+# %% ../../nbs/hardware/memory.ipynb #14628ca2
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core import ConfigError, nearest
-from .cost import bytes_of, cost, stage_of
+from .cost import bytes_of, cost, flops, stage_of
 from .graph import Buffer, Graph, Step, input_shape, read_graph
 
 # %% ../../nbs/hardware/memory.ipynb #7a7e42e1
@@ -74,26 +74,27 @@ def describe_buffers(
     "Buffers in words: who wrote them, their shape, their KiB."
     return ' + '.join(f'{name} {"×".join(map(str, shape[1:] if len(shape) > 1 else shape))} ({n / 1024:,.0f} KiB)' for name, shape, n in buffers)
 
-# %% ../../nbs/hardware/memory.ipynb #58d4c211
+# %% ../../nbs/hardware/memory.ipynb #e7f0faf5
 TERMS = {'weight_bytes': ('weights', '#4C72B0'), 'bias_bytes': ('bias', '#8172B3'), 'accumulator_bytes': ('accumulators', '#DD8452'), 'activation_bytes': ('output', '#55A868')}
 
 def draw_limit(ax, values, limit: float) -> None:
-    "A chip's limit as a line, with how many bars are above it."
+    "A chip's limit as a line, and how many bars are above it."
     if not limit: return
     over = int((values > limit).sum())
-    ax.axhline(limit, color='crimson', lw=1.2)
-    ax.set_ylim(0, max(limit * 1.25, ax.get_ylim()[1]))
-    ax.annotate(f'chip {limit:,.0f} KiB: ' + (f'{over} of {len(values)} above' if over else 'all fit'), (0.995, limit), xycoords=('axes fraction', 'data'), ha='right', va='bottom', fontsize=8, color='crimson')
+    if limit < 3 * values.max():  # a line far above the bars would flatten them
+        ax.axhline(limit, color='crimson', lw=1.2)
+        ax.set_ylim(0, max(limit * 1.15, ax.get_ylim()[1]))
+    ax.set_title(f'chip of {limit:,.0f} KiB: ' + (f'{over} of {len(values)} above' if over else 'all fit'), fontsize=9, loc='right', color='crimson')
 
 def draw_stages(ax, stages) -> None:
-    "Names of the stages below the bars, with lines between them."
+    "Names of the stages below the middle of their bars, with lines between them."
     starts = [i for i, s in enumerate(stages) if i == 0 or s != stages.iloc[i - 1]]
+    middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(stages)])]
     for i in starts[1:]: ax.axvline(i - 0.5, color='0.85', lw=0.8, zorder=0)
-    shown = [i for k, i in enumerate(starts) if k == 0 or i - starts[k - 1] >= len(stages) / 40]
-    ax.set_xticks(shown, [stages.iloc[i] for i in shown], rotation=35 if len(shown) > 8 else 0, ha='right' if len(shown) > 8 else 'left', fontsize=8)
+    ax.set_xticks(middles, [stages.iloc[i] for i in starts], rotation=30, ha='right', rotation_mode='anchor', fontsize=7)
     ax.set_xlim(-0.6, len(stages) - 0.4)
 
-# %% ../../nbs/hardware/memory.ipynb #9d5d2bc0
+# %% ../../nbs/hardware/memory.ipynb #cd08f9bb
 def plot_memory(
     rows: pd.DataFrame,  # from cost
     table: pd.DataFrame,  # from liveness
@@ -113,27 +114,28 @@ def plot_memory(
         draw_stages(ax, stages)
         draw_limit(ax, values, chip_kib)
         ax.set(ylabel='KiB')
-        ax.set_title(f'{name}: {values.max():,.1f} KiB at {layer}', fontsize=9, loc='left')
+        ax.set_title(f'{name}: {values.max():,.2f} KiB at {layer}', fontsize=9, loc='left')
     above.legend(frameon=False, fontsize=8, ncols=4, loc='upper center')
     fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../../nbs/hardware/memory.ipynb #644b0212
+# %% ../../nbs/hardware/memory.ipynb #b55bf904
 def size_that_fits(
-    measure,  # input size -> bytes
+    measure,  # input size -> bytes; raises ConfigError for a size that the model cannot take
     size: int,  # that does not fit
-    need: int,  # bytes at that size
     limit: float,  # bytes
     step: int = 8,  # sizes that are multiples of this
 ) -> int:  # 0: none
-    "The largest input size, by steps, at which a model fits."
-    smaller = int(size * (limit / need) ** 0.5) // step * step + 2 * step  # memory grows at most with the area; start a little above
-    for candidate in range(min(smaller, (size - 1) // step * step), step, -step):
-        try:
-            if measure(candidate) <= limit: return candidate
-        except ConfigError: continue  # a size that this model cannot take
-        if candidate < smaller / 3: break
-    return 0
+    "The largest smaller input size at which a model fits, by bisection: memory grows with the size."
+    sizes, low = list(range(step, size, step)), -1
+    high = len(sizes)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try: low, high = (middle, high) if measure(sizes[middle]) <= limit else (low, middle)
+        except ConfigError:
+            sizes.pop(middle)
+            high -= 1
+    return sizes[low] if low >= 0 else 0
 
 # %% ../../nbs/hardware/memory.ipynb #b8ef95ec
 def remedies(rule: str, size: int) -> list:
@@ -147,7 +149,7 @@ def most(model, size, num_classes: int, rule: str, model_options: dict, **option
     else: table, column = liveness(model, size, num_classes, model_options=model_options, **options), 'alive_bytes'
     return int(table[column].max()), table.layer[table[column].idxmax()], table[column]
 
-# %% ../../nbs/hardware/memory.ipynb #f23aa109
+# %% ../../nbs/hardware/memory.ipynb #ce6ca601
 def fits(
     model,  # a name, a torch model, or the path of an .onnx file
     input_size: int = 224,
@@ -166,7 +168,7 @@ def fits(
     for change, options in remedies(rule, input_size): add(change, most(graph, input_size, num_classes, rule, None, **options))
     if not rows[0][3] and isinstance(input_size, int) and not isinstance(model, Graph):
         def measure(size): return most(model, size, num_classes, rule, model_options)[0]
-        if size := size_that_fits(measure, input_size, int(rows[0][1] * 1024), limit): add(f'input of {size} pixels', most(model, size, num_classes, rule, model_options))
+        if size := size_that_fits(measure, input_size, limit): add(f'input of {size} pixels', most(model, size, num_classes, rule, model_options))
     return pd.DataFrame(rows, columns=['change', 'peak_kib', 'over_kib', 'fits', 'layer', 'keep', 'above']).round({'peak_kib': 1, 'over_kib': 1, 'keep': 3})
 
 # %% ../../nbs/hardware/memory.ipynb #01bd0177
@@ -184,3 +186,19 @@ def model_row(
     largest = rows.loc[rows.memory_bytes.idxmax()]
     return {'macs': int(rows.macs.sum()), 'parameters': int(rows.parameters.sum()), 'weights_kib': rows[['weight_bytes', 'bias_bytes']].sum().sum() / 1024,
             'memory_bytes': int(largest.memory_bytes), 'memory_layer': largest.layer, 'peak_bytes': int(alive.alive_bytes), 'peak_layer': alive.layer}
+
+# %% ../../nbs/hardware/memory.ipynb #686e7b53
+def published_table(
+    input_size: int = 112,
+    num_classes: int = 89,
+    **memory,  # options of memory_columns
+) -> pd.DataFrame:  # a row for each variant of the challenge's table
+    "The challenge's model table: printed values beside counted ones, and peak memory by liveness."
+    from aaai_lt import core
+    printed, rows = core.table('aaai_model_table').set_index('model'), {}
+    for model, p in printed.iterrows():
+        rows_ = cost(f'repvgg_{model.lower()}', input_size, num_classes, **memory)
+        ours = model_row(f'repvgg_{model.lower()}', input_size, num_classes, **memory)
+        rows[model] = {'params printed': p.params_printed, 'parameters': ours['parameters'], 'FLOPs printed': p.flops_printed, 'by the printed rule': int(flops(rows_, 'thop_unbatched').sum()), 'multiply-adds': ours['macs'],
+                       'memory printed': p.max_mem_printed, 'memory KiB': ours['memory_bytes'] / 1024, 'layer printed': p.max_mem_layer_printed, 'layer': ours['memory_layer'].removesuffix('.reparam_conv'), 'peak KiB': ours['peak_bytes'] / 1024}
+    return pd.DataFrame(rows).T.infer_objects()
