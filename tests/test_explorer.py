@@ -235,8 +235,8 @@ def with_parameters(notebook, place, **values):
 def run_all(page, lab, notebook):
     "Open a notebook and run all its cells, once its kernel is up."
     page.goto(lab.url(notebook))
-    page.locator('.jp-Notebook .jp-Cell').first.wait_for(timeout=60_000)
-    page.locator('#jp-main-statusbar').get_by_text(re.compile(r'\| Idle')).wait_for(timeout=60_000)
+    page.locator('.jp-Notebook .jp-Cell').first.wait_for()
+    page.locator('#jp-main-statusbar').get_by_text(re.compile(r'\| Idle')).wait_for()
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
 
@@ -249,7 +249,7 @@ SHOWN = '''image => { if (!image.complete || !image.naturalWidth) return '';
 def settled(page, picture, old=''):
     "What a picture shows, once that differs from `old` and has stayed the same for a second. Its pixels are compared, since its address changes with every redraw."
     last, since = old, time.time()
-    while time.time() - since < (30 if last == old else 1):
+    while time.time() - since < (60 if last == old else 1):
         now = picture.first.evaluate(SHOWN) if picture.count() else ''
         if now and now != last: last, since = now, time.time()
         page.wait_for_timeout(100)
@@ -261,11 +261,11 @@ def use_explorer(page, file):
     "Click a bar, choose from the list, filter, decide."
     box, panel = page.locator('.widget-box:has(> .aaai-lt-bars)'), page.locator('.aaai-lt-review')
     picture, suspect = box.locator('img.widget-image'), panel.locator('img.widget-image')
-    picture.wait_for(timeout=90_000)
+    picture.wait_for()
     first = settled(page, picture)
     box.locator('.aaai-lt-bars button').nth(1).click()
     second = settled(page, picture, first)
-    box.locator('.widget-html').get_by_text(re.compile('cat: 12 of 25 images')).wait_for(timeout=10_000)
+    box.locator('.widget-html').get_by_text(re.compile('cat: 12 of 25 images')).wait_for()
     box.locator('.widget-select select').select_option(index=0)
     third = settled(page, picture, second)
     query = box.get_by_placeholder(re.compile('a query'))
@@ -273,7 +273,7 @@ def use_explorer(page, file):
     query.press('Enter')
     query.blur()
     settled(page, picture, third)
-    panel.wait_for(timeout=30_000)
+    panel.wait_for()
     before = settled(page, suspect)
     panel.get_by_role('button', name='drop').click()
     settled(page, suspect, before)
@@ -283,13 +283,13 @@ def use_explorer(page, file):
 def watch_training(page):
     "The plot of a run is drawn while the run goes on, and redrawn."
     live = page.locator('.jp-CodeCell', has_text='live_plot(run_name(config))').locator('.jp-RenderedImage img')
-    live.first.wait_for(timeout=60_000)
-    seen, until = set(), time.time() + 60
+    live.first.wait_for()
+    seen, until = set(), time.time() + 120
     while len(seen) < 3 and time.time() < until:
         seen.add(live.first.evaluate(SHOWN) if live.count() else '')
         page.wait_for_timeout(50)
     assert len(seen - {''}) >= 2, 'the plot was not redrawn while the run went on'
-    page.locator('#jp-main-statusbar').get_by_text(re.compile(r'\| Idle')).wait_for(timeout=90_000)
+    page.locator('#jp-main-statusbar').get_by_text(re.compile(r'\| Idle')).wait_for()
 
 
 def test_in_a_browser(tmp_path, home, pets):
@@ -305,6 +305,7 @@ def test_in_a_browser(tmp_path, home, pets):
             browser = p.chromium.launch(executable_path=executable, headless=True, args='--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
             for notebook, use in (('analyse.ipynb', lambda page: use_explorer(page, home/'outputs'/'pets-fixes.csv')), ('train.ipynb', watch_training)):
                 page = browser.new_page(viewport={'width': 1300, 'height': 900})
+                page.set_default_timeout(120_000)
                 page.on('pageerror', lambda error: errors.append(str(error)))
                 try:
                     run_all(page, lab, notebook)
