@@ -331,6 +331,17 @@ def test_eql_drops_as_often_as_asked():
     equal(loss.eval()(torch.zeros(2, 3), y[:2]), math.log(3))
 
 
+@given(st.integers(0, 10_000), st.floats(0, 1))
+def test_eql_of_soft_targets(seed, share):
+    "The formula in plain Python: a rare class stays in by its share of the target."
+    counts, z, (a, b) = [90, 5, 3, 2], logits(seed, 1).double(), hard(seed, 2).tolist()
+    y = [share * (j == a) + (1 - share) * (j == b) for j in range(4)]
+    w = [1 - (counts[j] < 10) * (1 - y[j]) for j in range(4)]
+    total = sum(w[j] * math.exp(z[0, j]) for j in range(4))
+    expected = sum(y[j] * (math.log(total) - z[0, j].item()) for j in range(4))
+    equal(EQL(torch.tensor(counts), drop=1.0)(z, torch.tensor([y])), expected)
+
+
 def test_eql_spares_the_rare():
     "A rare class that is left out gets no gradient from images of other classes, and its own in full."
     loss = EQL(torch.tensor([90, 5, 5]), drop=1.0)
