@@ -202,6 +202,14 @@ def test_empty_class_and_large_logits(name, seed, scale, dtype, y, soft):
         assert all(torch.isfinite(v).all() for v in loss.state_dict().values())
 
 
+@pytest.mark.parametrize('name, options', [('focal', {'gamma': 0.3}), ('focal', {'gamma': 1.0}), ('class_balanced', {'gamma': 0.5}), ('gce', {'q': 0.01}), ('gce', {'q': 1.0})])
+def test_steep_powers_are_finite(name, options):
+    "Where p is 1 or 0 to the last bit, powers of p and 1 - p have infinite slopes."
+    for z in ([1e4, 0, 0, 0], [-1e4, 0, 0, 0], [90, 0, 0, 0], [17, 0, 0, 0], [0, 0, 0, 0]):
+        value, gradient = step(make_loss(name, COUNTS, **options), torch.tensor([z], dtype=torch.float32), torch.tensor([0]))
+        assert torch.isfinite(value) and torch.isfinite(gradient).all() and gradient[0, 0] <= 0
+
+
 @pytest.mark.parametrize('name', EVERY)
 @given(seed=st.integers(0, 10_000))
 def test_half_precision_logits(name, seed):

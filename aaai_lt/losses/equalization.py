@@ -130,7 +130,7 @@ class EQLv2(GradientSums):
         if self.training: self.collect(*own_and_others(against.detach().sigmoid().mul_(weight), target))
         return torch.dot(F.softplus(against).flatten(), weight.flatten()) / len(z)
 
-# %% ../../nbs/losses/equalization.ipynb #a4cee48c
+# %% ../../nbs/losses/equalization.ipynb #64053112
 class SoftEQL(GradientSums):
     "Softmax equalization loss with collected gradients: cross-entropy of logits + tau · log(max(q, eps))."
     activation, adjusted = 'softmax', True
@@ -151,7 +151,7 @@ class SoftEQL(GradientSums):
         if self.training and loss.requires_grad:
             factor = []  # what this loss value is multiplied by before it is taken backward
             loss.register_hook(factor.append)
-            z.register_hook(lambda gradient: self.collect(*own_and_others(gradient.abs().mul_(len(z) / factor[0].abs().clamp(min=1e-30)), target)))
+            z.register_hook(lambda gradient: self.collect(*own_and_others(gradient.abs().mul_(len(z) / factor[-1].abs().clamp(min=1e-30)), target)))
         return loss
 
 # %% ../../nbs/losses/equalization.ipynb #e95dc0e1
