@@ -1,4 +1,5 @@
 "Losses against slow plain formulas, torch, timm and torchvision, their own derivatives, and what must not change them."
+import functools
 import math
 
 import pytest
@@ -44,6 +45,9 @@ def settled(name, counts=COUNTS, **options):
     for seed in range(20): step(loss, logits(seed, c=len(counts)), hard(seed, c=len(counts)) % 2)
     set_progress(loss, 0.75)
     return loss.eval()
+
+
+same = functools.lru_cache(settled)  # for those who do not change it
 
 
 def equal(one, two, tolerance=1e-5): assert torch.allclose(torch.as_tensor(one).double(), torch.as_tensor(two).double(), rtol=tolerance, atol=tolerance), (one, two)
@@ -183,7 +187,7 @@ def test_soft_targets_are_refused(name):
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(4)))
 def test_order_of_images_and_classes_is_no_matter(name, seed, order):
     z, y, order = logits(seed), hard(seed), torch.tensor(order)
-    loss, renamed = settled(name), make_loss(name, [COUNTS[i] for i in order]).eval()
+    loss, renamed = same(name), make_loss(name, [COUNTS[i] for i in order]).eval()
     for key, value in loss.state_dict().items(): renamed.state_dict()[key].copy_(value[order] if value.ndim else value)
     equal(renamed(z[:, order], torch.argsort(order)[y]), loss(z, y))
     equal(loss(z.flip(0), y.flip(0)), loss(z, y))
@@ -195,11 +199,19 @@ def test_order_of_images_and_classes_is_no_matter(name, seed, order):
 def test_empty_class_and_large_logits(name, seed, scale, dtype, y, soft):
     "Class 3 has no training image: loss, gradient and sums are finite for it, in training and evaluation, at logits of ±1e4."
     target = torch.full((7,), y) if not soft or name in HARD_ONLY else 0.6 * F.one_hot(torch.full((7,), y), 4) + 0.4 * F.one_hot(hard(seed), 4)
-    for loss in (make_loss(name, COUNTS), settled(name)):
+    for loss in (make_loss(name, COUNTS), same(name)):
         z = (scale * (logits(seed) / 2).clamp(-1, 1).round()).to(dtype)
         value, gradient = step(loss, z, target)
         assert value.dtype == torch.float32 and torch.isfinite(value) and torch.isfinite(gradient).all()
         assert all(torch.isfinite(v).all() for v in loss.state_dict().values())
+
+
+@pytest.mark.parametrize('name, options', [('focal', {'gamma': 0.3}), ('focal', {'gamma': 1.0}), ('class_balanced', {'gamma': 0.5}), ('gce', {'q': 0.01}), ('gce', {'q': 1.0})])
+def test_steep_powers_are_finite(name, options):
+    "Where p is 1 or 0 to the last bit, powers of p and 1 - p have infinite slopes."
+    for z in ([1e4, 0, 0, 0], [-1e4, 0, 0, 0], [90, 0, 0, 0], [17, 0, 0, 0], [0, 0, 0, 0]):
+        value, gradient = step(make_loss(name, COUNTS, **options), torch.tensor([z], dtype=torch.float32), torch.tensor([0]))
+        assert torch.isfinite(value) and torch.isfinite(gradient).all() and gradient[0, 0] <= 0
 
 
 @pytest.mark.parametrize('name', EVERY)
@@ -208,10 +220,10 @@ def test_half_precision_logits(name, seed):
     "The loss adds no error of its own to what the logits lost."
     for dtype in (torch.bfloat16, torch.float16):
         z = logits(seed).to(dtype)
-        value = settled(name)(z, hard(seed))
+        value = same(name)(z, hard(seed))
         assert value.dtype == torch.float32
-        equal(value, settled(name)(z.float(), hard(seed)), 0)
-        equal(value, settled(name)(logits(seed), hard(seed)), 0.1)
+        equal(value, same(name)(z.float(), hard(seed)), 0)
+        equal(value, same(name)(logits(seed), hard(seed)), 0.1)
 
 
 @pytest.mark.parametrize('name', EVERY)
@@ -329,6 +341,17 @@ def test_eql_drops_as_often_as_asked():
     expected = sum(math.comb(2, k) * 0.7 ** k * 0.3 ** (2 - k) * math.log(3 - k) for k in range(3))
     equal(loss(torch.zeros(20000, 3), y), expected, 0.01)
     equal(loss.eval()(torch.zeros(2, 3), y[:2]), math.log(3))
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1))
+def test_eql_of_soft_targets(seed, share):
+    "The formula in plain Python: a rare class stays in by its share of the target."
+    counts, z, (a, b) = [90, 5, 3, 2], logits(seed, 1).double(), hard(seed, 2).tolist()
+    y = [share * (j == a) + (1 - share) * (j == b) for j in range(4)]
+    w = [1 - (counts[j] < 10) * (1 - y[j]) for j in range(4)]
+    total = sum(w[j] * math.exp(z[0, j]) for j in range(4))
+    expected = sum(y[j] * (math.log(total) - z[0, j].item()) for j in range(4))
+    equal(EQL(torch.tensor(counts), drop=1.0)(z, torch.tensor([y])), expected)
 
 
 def test_eql_spares_the_rare():

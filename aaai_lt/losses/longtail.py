@@ -55,7 +55,7 @@ def class_gradients(
     own = torch.eye(c, dtype=torch.bool)
     return -rows[own], rows.masked_fill(own, 0).sum(0)
 
-# %% ../../nbs/losses/longtail.ipynb #99a0b6f8
+# %% ../../nbs/losses/longtail.ipynb #ce093189
 def mean_cost(
     cost,  # function of log-probabilities, elementwise
     log_p: Tensor,  # (B, classes)
@@ -66,8 +66,9 @@ def mean_cost(
     if target.ndim == 1:
         costs = cost(log_p.gather(1, target[:, None])[:, 0])
         return (costs if weights is None else weights[target] * costs).mean()
-    shares = target.to(log_p.dtype) if weights is None else target.to(log_p.dtype) * weights
-    return (shares * cost(log_p)).sum() / len(log_p)
+    where = _, columns = target.nonzero(as_tuple=True)  # mixup has two classes an image, of perhaps thousands
+    costs = cost(log_p[where]) * target[where]
+    return (costs if weights is None else weights[columns] * costs).sum() / len(log_p)
 
 # %% ../../nbs/losses/longtail.ipynb #d0c021b0
 def focal_cost(

@@ -65,7 +65,7 @@ def adaptive_margins(
     u = torch.as_tensor(class_counts).double().clamp(min=1) ** -0.25
     return (smallest + (largest - smallest) * (u - u.min()) / (u.max() - u.min()).clamp(min=1e-12)).float()
 
-# %% ../../nbs/losses/margins.ipynb #643dac1b
+# %% ../../nbs/losses/margins.ipynb #7719e68c
 class MarginLoss(nn.Module):
     "Another loss, given logits scale · cosine whose target has been moved by a margin while training."
     def __init__(self,
@@ -81,18 +81,18 @@ class MarginLoss(nn.Module):
         self.register_buffer('margins', margins)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self.loss(self.moved(widen(logits) / self.scale, target) * self.scale if self.training else logits, target)
+        return self.loss(self.moved(widen(logits), target) if self.training else logits, target)
 
-    def moved(self, cosine: Tensor, target: Tensor) -> Tensor:  # both (B, classes), or indices (B,) as target
-        "The cosines while training."
-        if target.ndim == 1 and not self.smoothing:
-            own = with_margin(cosine.gather(1, target[:, None]), self.margins[target][:, None].to(cosine.dtype), self.easy_margin)
-            return cosine.scatter(1, target[:, None], own)
-        soft = (F.one_hot(target, cosine.shape[1]) if target.ndim == 1 else target).to(cosine.dtype)
-        share = (1 - self.smoothing) * soft + self.smoothing / cosine.shape[1]
-        where = rows, _ = share.nonzero(as_tuple=True)  # mixup has two classes an image, of perhaps thousands
-        own, margin = cosine[where], (soft @ self.margins.to(cosine.dtype))[rows]
-        return cosine.index_put(where, own + share[where] * (with_margin(own, margin, self.easy_margin) - own))
+    def moved(self, z: Tensor, target: Tensor) -> Tensor:  # both (B, classes), or indices (B,) as target
+        "The logits while training. Only those of the target are touched: one of perhaps thousands, or two under mixup."
+        soft = F.one_hot(target, z.shape[1]) if target.ndim == 1 and self.smoothing else target
+        if soft.ndim == 1: where, share, margin = (torch.arange(len(z), device=z.device), target), 1.0, self.margins[target]
+        else:
+            shares = (1 - self.smoothing) * soft.to(z.dtype) + self.smoothing / z.shape[1]
+            where = shares.nonzero(as_tuple=True)
+            share, margin = shares[where], (soft.to(z.dtype) @ self.margins.to(z.dtype))[where[0]]
+        cosine = z[where] / self.scale
+        return z.index_put(where, self.scale * share * (with_margin(cosine, margin.to(z.dtype), self.easy_margin) - cosine), accumulate=True)
 
 # %% ../../nbs/losses/margins.ipynb #37beadcf
 def add_margin(

@@ -26,7 +26,7 @@ class GCE(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return mean_cost(lambda log_p: -torch.expm1(self.q * log_p) / self.q, F.log_softmax(widen(logits), 1), target)
 
-# %% ../../nbs/losses/noisy.ipynb #40b1f563
+# %% ../../nbs/losses/noisy.ipynb #60b0f1bc
 class SymmetricCE(nn.Module):
     "alpha · cross-entropy + beta · reverse cross-entropy (Wang et al. 2019)."
     activation, adjusted = 'softmax', False
@@ -43,5 +43,7 @@ class SymmetricCE(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         log_p = F.log_softmax(widen(logits), 1)
         if target.ndim == 1: return mean_cost(lambda log_p: self.beta * self.log_zero * torch.expm1(log_p) - self.alpha * log_p, log_p, target)
-        target = target.to(log_p.dtype)
-        return -(self.alpha * (target * log_p).sum() + self.beta * (target.log().clamp(min=self.log_zero) * log_p.exp()).sum()) / len(log_p)
+        where = target.nonzero(as_tuple=True)
+        t, log_p = target[where].to(log_p.dtype), log_p[where]
+        reverse = -self.log_zero - ((t.log().clamp(min=self.log_zero) - self.log_zero) * log_p.exp()).sum() / len(target)  # the probabilities that are left have log 0
+        return self.beta * reverse - self.alpha * (t * log_p).sum() / len(target)
