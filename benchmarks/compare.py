@@ -1,0 +1,80 @@
+"""Losses for long tails beside each other: the same split, network, budget and seeds; rows to results/compare.csv after every run.
+
+  python benchmarks/compare.py digits
+  python benchmarks/compare.py tinyimagenet-lt --data ../shared/data/tinyimagenet-lt [--minutes 60]
+  python benchmarks/compare.py gtsrb-lt --data ../shared/data/gtsrb [--seeds 0] [--variants cross_entropy balanced_softmax]
+  python benchmarks/compare.py gtsrb-lt --data ../shared/data/gtsrb --smoke    one epoch of the first variant; writes no rows
+
+A run that is finished is read, one that was stopped goes on, so the script may be stopped and started at will. Runs go seed by seed:
+what there is after any of them is a fair comparison of fewer seeds. Everything below was written down before the first run.
+
+Budget. One thread, at most three minutes a run (they are written into the rows), 2.5 hours in all: 13 variants, 3 seeds, 2 sets, and
+5 seeds of the digits. A RepVGG of 0.7 M parameters (blocks 1, 2, 2, 1; half the widths) at 48 px; AdamW, lr 0.002, weight decay 0.05,
+batch 128, one epoch of warm-up, cosine. tinyimagenet-lt: 10,847 images of 100 classes, 500 to 5 each; 10 epochs, about 105 s; judged on
+its test split, 4,000 images, 40 a class. gtsrb-lt: 6,045 images of 43 classes, 541 to 8 each; 16 epochs, about 90 s; judged on its
+validation split, 2,640 images, by track. digits: the default job. The weights of the last epoch are judged: nothing is chosen on any
+split, and nothing (learning rate, options of a loss) was tuned for any loss; each has the defaults of its paper as the library has them.
+logit_adjustment with tau 1 is balanced_softmax to the bit and is left out; the adjustment afterwards is its own variant.
+
+Expected order of balanced accuracy.
+  better than cross_entropy: balanced_softmax, post_hoc_adjustment, seesaw, ldam, eql, soft_eql, and (less) class_balanced. The first two
+    remove the prior exactly and should be on top, near each other; balanced_softmax a little ahead, since the network is trained for it.
+  about equal: focal (it follows difficulty, not frequency), label_aware_smoothing (it is made for the second of two stages).
+  not better, perhaps worse: gce and symmetric (they distrust rare, badly fitted images, which is right for wrong labels and wrong here).
+  unsure: eqlv2. Its weights start at 1 for all classes and its sigmoids without a prior in the bias, so a short run may end before the
+    weights have done their work; over a full training it should be among the better.
+Whatever helps the few should cost the many something; accuracy over images should hardly gain on gtsrb-lt, whose validation split is
+long-tailed itself, and be equal to balanced accuracy on tinyimagenet-lt, whose test split is not."""
+import argparse
+import time
+
+import pandas as pd
+import torch
+from common import RESULTS, machine, write_rows
+
+from aaai_lt.analysis.comparison import compare, comparison_table, plan_comparison, result_rows, run_comparison
+from aaai_lt.losses.factory import LOSSES
+
+VARIANTS = {'cross_entropy': {}, 'balanced_softmax': {}, 'post_hoc_adjustment': {'loss': 'cross_entropy', 'adjust_tau': 1.0}, 'eqlv2': {}, 'focal': {}, 'class_balanced': {}, 'ldam': {}, 'seesaw': {},
+            'eql': {}, 'soft_eql': {}, 'label_aware_smoothing': {}, 'gce': {}, 'symmetric': {}}
+VARIANTS = {name: {'loss': name} | settings for name, settings in VARIANTS.items()}
+SMALL = {'model': 'repvgg_s0', 'model_options': {'blocks': [1, 2, 2, 1], 'widths': [0.5, 0.5, 0.5, 0.5]}, 'input_size': 48, 'batch_size': 128, 'optimizer': 'adamw', 'lr': 2e-3, 'weight_decay': 0.05, 'warmup_epochs': 1.0, 'select': 'last'}
+PLANS = {  # settings, seeds, the split on which they are judged
+    'tinyimagenet-lt': (SMALL | {'epochs': 10}, [0, 1, 2], 'test'),
+    'gtsrb-lt': (SMALL | {'epochs': 16, 'where': "lt == 1 or split == 'val'", 'augment_options': {'hflip': 0}}, [0, 1, 2], 'val'),
+    'digits': ({'data': 'digits'}, [0, 1, 2, 3, 4], 'test'),
+}
+LIMIT = 180  # seconds a run
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=PLANS)
+    parser.add_argument('--data', default='')
+    parser.add_argument('--variants', nargs='*', choices=VARIANTS, metavar='VARIANT', help=', '.join(VARIANTS))
+    parser.add_argument('--seeds', type=int, nargs='*')
+    parser.add_argument('--minutes', type=float, default=150.0, help='start no further run after so many')
+    parser.add_argument('--smoke', action='store_true')
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    settings, seeds, split = PLANS[args.what]
+    if args.data: settings = settings | {'data': args.data}
+    elif 'data' not in settings: parser.error(f'{args.what} needs --data')
+    known = {name: VARIANTS[name] for name in args.variants or VARIANTS if VARIANTS[name]['loss'] in LOSSES}
+    for name in args.variants or VARIANTS:
+        if name not in known: print(f'left out: {name}; the library has no loss {VARIANTS[name]["loss"]!r} (it has {", ".join(LOSSES)})')
+    if args.smoke: known, args.seeds, settings = dict(list(known.items())[:1]), [0], settings | {'epochs': 1, 'warmup_epochs': 0.5}
+
+    plan, began = plan_comparison(known, args.seeds or seeds, **settings, device='cpu'), time.time()
+    for i, (key, config) in enumerate(plan.items(), 1):
+        if time.time() - began > 60 * args.minutes: print(f'{args.minutes:g} minutes are over: {len(plan) - i + 1} of {len(plan)} runs are left; the same command goes on'); break
+        runs = run_comparison({key: config}, say=lambda text: print(f'{i} of {len(plan)}{text.partition(" of 1")[2]}', flush=True))
+        row = result_rows(runs, split).assign(benchmark=args.what, model=config.model, input_size=config.input_size, threads=torch.get_num_threads(), machine=machine()).drop(columns='quick')
+        if row.seconds[0] > LIMIT: print(f'longer than {LIMIT} s: {row.seconds[0]:.0f} s')
+        if not args.smoke: write_rows('compare.csv', row[['benchmark', *row.columns.drop('benchmark')]].to_dict('records'), ['benchmark', 'variant', 'seed'])
+    if not args.smoke:
+        rows = pd.read_csv(RESULTS/'compare.csv')
+        rows = rows[rows.benchmark == args.what]
+        rows = rows.assign(variant=pd.Categorical(rows.variant, [v for v in VARIANTS if v in set(rows.variant)])).sort_values(['variant', 'seed']).astype({'variant': str})
+        if len(set(rows.data)) > 1: print('careful: these rows come from different data')
+        if 'cross_entropy' in set(rows.variant): print(comparison_table(compare(rows, 'cross_entropy')).to_string())
