@@ -104,7 +104,7 @@ def candidates(
     table = pd.DataFrame([(b, w, names.get((b, w), '')) for b, w in pairs], columns=['blocks', 'widths', 'variant'])
     return pd.concat([table, count_repvgg([b for b, _ in pairs], [w for _, w in pairs], input_size, num_classes)], axis=1)
 
-# %% ../../nbs/hardware/fit.ipynb #253761ac
+# %% ../../nbs/hardware/fit.ipynb #a458ba59
 def search_fit(
     memory_kib: float = math.inf,  # published rule, largest layer
     macs: float = math.inf,
@@ -114,15 +114,16 @@ def search_fit(
     num_classes: int = 89,
     blocks=BLOCKS,
     widths=WIDTHS,
-    device: str = 'TDA4VM',  # of the published table, for its times
+    device: str = 'TDA4VM',  # whose times are shown
+    latency: pd.DataFrame = None,  # measured rows; by default the published ones
 ) -> pd.DataFrame:  # all candidates: fits, front (of those that fit), and latency_ms where the table has a row
     "RepVGGs under limits. Raises ConfigError if there is no such device."
-    table, times = candidates(blocks, widths, input_size, num_classes), published_latency()
+    table, times = candidates(blocks, widths, input_size, num_classes), published_latency() if latency is None else latency
     if device not in set(times.device): raise ConfigError(f'device is {device!r}: {nearest(device, set(times.device))}')
     fits = (table.memory_bytes <= memory_kib * 1024) & (table.macs <= macs) & (table.parameters <= parameters) & (table.peak_bytes <= peak_kib * 1024)
     best = np.zeros(len(table), bool)
     best[fits] = front(table[fits])
-    return table.assign(fits=fits, front=best, latency_ms=table.variant.map(times[times.device == device].set_index('model').latency_ms))
+    return table.assign(fits=fits, front=best, latency_ms=table.variant.map(times[times.device == device].groupby('model').latency_ms.first()))
 
 # %% ../../nbs/hardware/fit.ipynb #795ba3e1
 def plot_search(

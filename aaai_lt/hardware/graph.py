@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PRODUCTS', 'LAYERS', 'ONNX_KINDS', 'ONNX_SAME', 'Buffer', 'Step', 'Graph', 'empty_model', 'empty_copy',
-           'plain_shape', 'convolution_kind', 'convolution_macs', 'describe', 'storage', 'Recorder', 'record',
-           'foldable', 'fold_layers', 'load_shapes', 'onnx_macs', 'onnx_step', 'read_onnx', 'input_shape', 'read_graph']
+           'plain_shape', 'convolution_kind', 'convolution_macs', 'describe', 'storage', 'Recorder', 'NoAutocast',
+           'record', 'foldable', 'fold_layers', 'load_shapes', 'onnx_macs', 'onnx_step', 'read_onnx', 'input_shape',
+           'read_graph', 'run_graph']
 
-# %% ../../nbs/hardware/graph.ipynb #c082ac47
+# %% ../../nbs/hardware/graph.ipynb #6e845e48
 import copy
 import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +184,14 @@ class Recorder(TorchDispatchMode):
         self.counted |= sources
         self.buffers |= {storage(t): b for t, b in zip(written, writes)}
 
-# %% ../../nbs/hardware/graph.ipynb #a056f119
+# %% ../../nbs/hardware/graph.ipynb #9deb8849
+class NoAutocast(torch.autocast):
+    "torch.autocast has no meta device, and nothing is computed there: it does nothing."
+    def __init__(self, *args, **kwargs): pass
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+
+# %% ../../nbs/hardware/graph.ipynb #0e9c583f
 def record(
     model: nn.Module,  # on the meta device, in eval mode
     shape: tuple,  # of the input, batch of one included
@@ -194,7 +203,7 @@ def record(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its one fused operation hides the attention
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), recorder: output = model(image)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), patch('torch.autocast', NoAutocast), recorder: output = model(image)
     except (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'{type(model).__name__} does not run on an input of {tuple(shape)}: {str(error).partition(chr(10))[0]}') from error
     finally:
@@ -369,3 +378,11 @@ def read_graph(
             with torch.device('meta'): model = deploy_form(model)
         graph = record(model, shape)
     return fold_layers(graph) if deploy else graph
+
+# %% ../../nbs/hardware/graph.ipynb #f68ca459
+def run_graph(
+    run,  # aaai_lt.training.run.Run
+) -> Graph:
+    "The model of a run as it ships, at its own input size."
+    config, data = run.config, run.data
+    return read_graph(config.model, data['input_size'], len(data['classes']), head=config.head, head_options=config.head_options, **config.model_options)
