@@ -190,7 +190,9 @@ def apply_scales(
     own = extract_scales(model.state_dict())
     if not own: raise ConfigError('scales are for RepOpt models such as repopt_a0, and this model is none')
     scales = own if scales is None else scales
-    if scales.keys() != own.keys(): raise ConfigError(f'the scales do not fit: {len(scales)} vectors for {sum(n.endswith("conv.weight") for n in scales)} blocks are given, the model has {len(own)} for {sum(n.endswith("conv.weight") for n in own)}; it {"lacks" if own.keys() < scales.keys() else "needs"} {sorted(own.keys() ^ scales.keys())[0]}')
+    if scales.keys() != own.keys():
+        needed, blocks = [n for n in own if n not in scales], [sum(n.endswith('conv.weight') for n in given) for given in (scales, own)]
+        raise ConfigError(f'the scales do not fit: {len(scales)} vectors for {blocks[0]} blocks are given, the model has {len(own)} for {blocks[1]}; it {f"needs {needed[0]}" if needed else f"has no {next(n for n in scales if n not in own)}"}')
     if wrong := next((n for n in own if scales[n].shape != own[n].shape), None): raise ConfigError(f'the scales do not fit: {wrong} has {len(scales[wrong])} values, the block {len(own[wrong])} channels')
     state = model.state_dict()
     with torch.no_grad():
