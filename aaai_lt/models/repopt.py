@@ -119,6 +119,7 @@ VARIANTS = {'a0': ((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)), 'b1': ((4, 6, 16, 1)
             'l1': ((8, 14, 24, 1), (2.0, 2.0, 2.0, 4.0)), 'l2': ((8, 14, 24, 1), (2.5, 2.5, 2.5, 5.0))} | {name.removeprefix('repvgg_'): variant for name, variant in repvgg.VARIANTS.items()}
 NAMES = {f'repopt_{variant}' + (f'_{mode}' if mode != 'target' else ''): (variant, mode) for variant in VARIANTS for mode in MODES}
 
+# %% ../../nbs/models/repopt.ipynb #077a5bba
 def replace_blocks(
     module: nn.Module,  # in which RepVGG's blocks are exchanged
     mode: str,  # 'target', 'hs' or 'csla'
@@ -128,6 +129,7 @@ def replace_blocks(
         if isinstance(child, RepVggBlock): setattr(module, name, RepOptBlock(child, mode, index if isinstance(module, nn.Sequential) else 0))
         else: replace_blocks(child, mode)
 
+# %% ../../nbs/models/repopt.ipynb #95898040
 def create_repopt(
     name: str,  # of NAMES
     pretrained: bool = False,
@@ -170,6 +172,7 @@ def save_scales(
     torch.save(scales, buffer := io.BytesIO())
     write_file(file, buffer.getvalue())
 
+# %% ../../nbs/models/repopt.ipynb #73684438
 def read_scales(
     file,  # .safetensors or .pth in the released format
 ) -> dict:  # name -> Tensor, float32, shape (channels,)

@@ -12,7 +12,7 @@ import signal
 import sys
 
 from ..core import ConfigError, DataError, DivergedError, Stopped, StorageError, packaged, recipe
-from .config import Config, make_config, parse_settings, read_settings
+from .config import Config, DataSettings, make_config, parse_settings, read_settings
 
 # %% ../../nbs/training/launch.ipynb #9141b3a7
 def settings_from(
@@ -31,7 +31,7 @@ def settings_from(
 def usage() -> str:
     "Every setting with its default and meaning."
     lines = ['python -m aaai_lt.training.launch [recipe.yaml] [name=value ...]', '', f'recipes that ship: {", ".join(packaged("recipes"))}', '', 'settings:']
-    for match in re.finditer(r'^    (\w+): [^=]+ = (.+?)  # (.+)$', inspect.getsource(Config), re.M):
+    for match in re.finditer(r'^    (\w+): [^=]+ = (.+?)  # (.+)$', inspect.getsource(DataSettings) + inspect.getsource(Config), re.M):
         default = match[2].replace('field(default_factory=dict)', '{}').replace('field(default_factory=list)', '[]')
         lines.append(f'  {match[1]:17} {default:22} {match[3]}')
     return '\n'.join(lines)
