@@ -119,6 +119,7 @@ VARIANTS = {'a0': ((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)), 'b1': ((4, 6, 16, 1)
             'l1': ((8, 14, 24, 1), (2.0, 2.0, 2.0, 4.0)), 'l2': ((8, 14, 24, 1), (2.5, 2.5, 2.5, 5.0))} | {name.removeprefix('repvgg_'): variant for name, variant in repvgg.VARIANTS.items()}
 NAMES = {f'repopt_{variant}' + (f'_{mode}' if mode != 'target' else ''): (variant, mode) for variant in VARIANTS for mode in MODES}
 
+# %% ../../nbs/models/repopt.ipynb #077a5bba
 def replace_blocks(
     module: nn.Module,  # in which RepVGG's blocks are exchanged
     mode: str,  # 'target', 'hs' or 'csla'
@@ -128,6 +129,7 @@ def replace_blocks(
         if isinstance(child, RepVggBlock): setattr(module, name, RepOptBlock(child, mode, index if isinstance(module, nn.Sequential) else 0))
         else: replace_blocks(child, mode)
 
+# %% ../../nbs/models/repopt.ipynb #95898040
 def create_repopt(
     name: str,  # of NAMES
     pretrained: bool = False,
@@ -170,6 +172,7 @@ def save_scales(
     torch.save(scales, buffer := io.BytesIO())
     write_file(file, buffer.getvalue())
 
+# %% ../../nbs/models/repopt.ipynb #73684438
 def read_scales(
     file,  # .safetensors or .pth in the released format
 ) -> dict:  # name -> Tensor, float32, shape (channels,)
@@ -190,7 +193,9 @@ def apply_scales(
     own = extract_scales(model.state_dict())
     if not own: raise ConfigError('scales are for RepOpt models such as repopt_a0, and this model is none')
     scales = own if scales is None else scales
-    if scales.keys() != own.keys(): raise ConfigError(f'the scales do not fit: {len(scales)} vectors for {sum(n.endswith("conv.weight") for n in scales)} blocks are given, the model has {len(own)} for {sum(n.endswith("conv.weight") for n in own)}; it {"lacks" if own.keys() < scales.keys() else "needs"} {sorted(own.keys() ^ scales.keys())[0]}')
+    if scales.keys() != own.keys():
+        needed, blocks = [n for n in own if n not in scales], [sum(n.endswith('conv.weight') for n in given) for given in (scales, own)]
+        raise ConfigError(f'the scales do not fit: {len(scales)} vectors for {blocks[0]} blocks are given, the model has {len(own)} for {blocks[1]}; it {f"needs {needed[0]}" if needed else f"has no {next(n for n in scales if n not in own)}"}')
     if wrong := next((n for n in own if scales[n].shape != own[n].shape), None): raise ConfigError(f'the scales do not fit: {wrong} has {len(scales[wrong])} values, the block {len(own[wrong])} channels')
     state = model.state_dict()
     with torch.no_grad():

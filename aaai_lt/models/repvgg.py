@@ -27,6 +27,7 @@ VARIANTS = {  # blocks of the four stages, width of each stage relative to 64, 1
     'repvgg_s0': ((2, 2, 2, 2), (0.5, 0.5, 0.5, 0.5)),
 }
 
+# %% ../../nbs/models/repvgg.ipynb #fded2f40
 def repvgg_cfg(
     blocks: tuple,  # blocks of the four stages; the first of each has stride 2
     widths: tuple,  # factors on 64, 128, 256, 512 channels
@@ -47,6 +48,7 @@ def without_weights(
 
 default_cfgs = without_weights(VARIANTS)
 
+# %% ../../nbs/models/repvgg.ipynb #ad3c5ebb
 def create_variant(
     name: str,  # of VARIANTS
     pretrained: bool = False,

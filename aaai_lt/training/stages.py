@@ -23,6 +23,7 @@ def is_target(
     "Whether a model is trained with RepOpt's scales."
     return NAMES.get(model, ('', ''))[1] == 'target'
 
+# %% ../../nbs/training/stages.ipynb #79c8e647
 def check_start(
     config: Config,
 ) -> None:
@@ -70,6 +71,7 @@ def weights_file(
     if not run.finished: raise ConfigError(f'{setting}: the run {run.name} is not finished')
     return run.folder/'best.safetensors'
 
+# %% ../../nbs/training/stages.ipynb #5309d641
 def find_scales(
     name: str,  # 'initial', a run's name or folder, or a file
 ):  # -> dict of scales, or None for the initial ones
@@ -81,6 +83,7 @@ def find_scales(
     if not scales: raise ConfigError(f'scales: the run {file.parent.name} has none; a run of repopt_…_hs searches them')
     return scales
 
+# %% ../../nbs/training/stages.ipynb #158a4342
 def begin(
     model: Classifier,  # fresh
     config: Config,
