@@ -138,7 +138,7 @@ def describe(
     if 'batch_norm' in op: step.weights = step.biases = args[0].shape[1]  # scale and shift, whatever they are made of
     return step
 
-# %% ../../nbs/hardware/graph.ipynb #ba7b1d8b
+# %% ../../nbs/hardware/graph.ipynb #4f626545
 def storage(tensor: Tensor) -> int: return tensor.untyped_storage()._cdata  # the same for all views of a tensor
 
 class Recorder(TorchDispatchMode):
@@ -166,10 +166,12 @@ class Recorder(TorchDispatchMode):
         seen, mutates = {storage(t) for t in inputs}, function._schema.is_mutable
         written = [t for t in outputs if mutates or storage(t) not in seen]  # the others are views
         self.kept += [t.untyped_storage() for t in written]  # no address is used twice while recording
+        if function.overloadpacket.__name__.startswith(('new_', 'empty_like', 'zeros_like', 'ones_like', 'full_like')): inputs = []  # only a shape is taken from them
+        target = {storage(t) for t in written} if mutates else ()
         constants = [t for t in inputs if storage(t) not in self.buffers]
         sources = set().union(*(self.constants.get(storage(t), ()) for t in constants))
         if len(constants) == len(inputs): self.constants |= {storage(t): sources | self.constants.get(storage(t), set()) for t in written}
-        elif written: self.note(function, args, inputs, written, constants, sources, mutates)
+        elif written: self.note(function, args, inputs, written, [t for t in constants if storage(t) not in target], sources, mutates)
         return output
 
     def note(self, function, args, inputs, written, constants, sources, mutates):
