@@ -34,15 +34,15 @@ def test_the_notebook_compares_what_it_is_given(home):
 def test_a_comparison_goes_on_and_grows(home):
     "Stopped in the middle of the second run; the same call ends it; a further variant and seed train only what is new."
     plan, steps = plan_comparison({'plain': {}, 'slow': {'lr': 1e-4}}, [0], **SETTINGS), []
-    def stop(): steps.append(1); return len(steps) == 7  # five steps a run
+    def stop(): steps.append(1); return len(steps) == 13  # ten steps a run
     with pytest.raises(Stopped): run_comparison(plan, stop, silent)
     finished = {p.parent.name: p.stat().st_mtime_ns for p in (home/'outputs').glob('*/summary.json')}
     assert len(finished) == 1
     runs, counted = run_comparison(plan, lambda: steps.append(1), silent), len(steps)
-    assert counted - 7 == 3 and all(run.finished for run in runs.values())  # the rest of the second run
+    assert counted - 13 == 7 and all(run.finished for run in runs.values())  # the rest of the second run
     before = {run.name: (run.folder/'summary.json').stat().st_mtime_ns for run in runs.values()}
     more = run_comparison(plan_comparison({'plain': {}, 'slow': {'lr': 1e-4}, 'slower': {'lr': 1e-5}}, [0], **SETTINGS), lambda: steps.append(1), silent)
-    assert len(steps) == counted + 5 and {name: (home/'outputs'/name/'summary.json').stat().st_mtime_ns for name in before} == before
+    assert len(steps) == counted + 10 and {name: (home/'outputs'/name/'summary.json').stat().st_mtime_ns for name in before} == before
     rows = result_rows(more, 'test')
     assert set(compare(rows, 'plain').verdict) == {'', 'one seed'} and not comparison_table(compare(rows, 'plain')).astype(str).map(lambda t: '↑' in t).any(axis=None)
     other = train(plan_comparison({'plain': {}}, [0], **SETTINGS | {'where': '', 'seed': 0, 'quick': False, 'input_size': 32, 'data': 'aaai-profile:0.01', 'tiny_classes': 'both'})['plain', 0], say=silent)
