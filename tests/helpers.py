@@ -75,8 +75,8 @@ def content(folder):
 
 
 def timeless(values):
-    "A checkpoint's values without the seconds, which no two runs share."
-    return values | {'seconds': None, 'history': [{k: v for k, v in row.items() if k != 'seconds'} for row in values['history']]}
+    "A checkpoint's values without the seconds, which no two runs share, and the hash of the settings, in which a stage names the one before it."
+    return values | {'seconds': None, 'config': None, 'history': [{k: v for k, v in row.items() if k != 'seconds'} for row in values['history']]}
 
 
 def check_same_run(one, two):
