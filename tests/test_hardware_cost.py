@@ -134,15 +134,18 @@ def test_memory_options():
     assert totals(plain, '').iloc[0][['macs', 'parameters', 'memory_bytes']].tolist() == [plain.macs.sum(), plain.parameters.sum(), plain.memory_bytes.max()]
 
 
-@pytest.mark.parametrize('name, size', [('repvgg_n1', 64), ('resnet10t', 64), ('mobilenetv2_050', 64), ('convnext_atto', 64), ('vit_tiny_patch16_224', 64)])
-def test_onnx_has_the_same_rows(tmp_path, name, size):
-    model = make_model(name, 7, input_size=size)
-    there, here = cost(export_onnx(model, tmp_path/'m.onnx', size), size), cost(model, size)
-    columns = ['kind', 'macs', 'weight_bytes', 'bias_bytes', 'accumulator_bytes', 'activation_bytes']
-    a, b = (rows[(rows.macs > 0) & (rows.kind != 'matmul')].reset_index(drop=True) for rows in (there, here))
-    pd.testing.assert_frame_equal(a[columns], b[columns])
-    assert there.macs.sum() == here.macs.sum() and there.parameters.sum() == here.parameters.sum()
-    if 'vit' not in name: assert abs(peak(liveness(tmp_path/'m.onnx', size)).alive_bytes / peak(liveness(model, size)).alive_bytes - 1) < (0.5 if 'convnext' in name else 1e-9)
+@pytest.mark.parametrize('name', ['resnet10t', 'mobilenetv2_050', 'vit_tiny_patch16_224'])
+def test_onnx_has_the_same_rows(tmp_path, name):
+    model = make_model(name, 7, input_size=64)
+    with torch.no_grad():
+        for t in [*model.parameters(), *model.buffers()]:
+            if t.is_floating_point(): t.uniform_(0.5, 1.5)  # the exporter stores equal tensors once
+    file = export_onnx(model, tmp_path/'m.onnx', 64)
+    there, here = cost(file, 64), cost(model, 64)
+    columns = ['kind', 'output_shape', 'macs', 'parameters', 'weight_bytes', 'bias_bytes', 'accumulator_bytes', 'activation_bytes', 'memory_bytes']
+    pd.testing.assert_frame_equal(*(rows.loc[rows.macs > 0, columns].reset_index(drop=True) for rows in (there, here)))
+    assert there.parameters.sum() == here.parameters.sum()
+    if 'vit' not in name: assert peak(liveness(file, 64)).alive_bytes == peak(liveness(model, 64)).alive_bytes  # its GELU is several nodes
 
 
 def test_mobilenet_peaks():

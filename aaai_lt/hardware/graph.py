@@ -255,7 +255,7 @@ ONNX_KINDS = {op: kind for kind, ops in {
 }.items() for op in ops.split()}
 ONNX_SAME = ('Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Identity', 'Dropout', 'QuantizeLinear', 'DequantizeLinear', 'Cast')  # the same numbers in another form
 
-# %% ../../nbs/hardware/graph.ipynb #28a18810
+# %% ../../nbs/hardware/graph.ipynb #04fa89e2
 def load_shapes(
     file,  # .onnx
     shape: tuple,  # of the input, batch of one included
@@ -274,8 +274,12 @@ def load_shapes(
     for dim, size in zip(dims, shape): dim.dim_value = size
     for info in model.graph.output: info.type.tensor_type.ClearField('shape')
     del model.graph.value_info[:]
-    try: return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    try: model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error: raise ConfigError(f'the shapes of {path.name} cannot be inferred at {shape}: {str(error)[:300]}') from error
+    known = {i.name: i.type.tensor_type for i in [*model.graph.value_info, *model.graph.output]}
+    unknown = next((f'{n.op_type} {o}' for n in model.graph.node for o in n.output if o in known and not all(d.HasField('dim_value') for d in known[o].shape.dim)), None)
+    if unknown: raise ConfigError(f'the shapes of {path.name} depend on computed values from {unknown} on: export it with a fixed batch of 1, or count the model that it was made from')
+    return model
 
 # %% ../../nbs/hardware/graph.ipynb #cfdc723d
 def onnx_macs(
@@ -318,7 +322,7 @@ def onnx_step(
     step.weights = sum(numbers.get(i, 0) for i in inputs if i != bias) if op != 'BatchNormalization' else step.biases
     return step
 
-# %% ../../nbs/hardware/graph.ipynb #3445fba1
+# %% ../../nbs/hardware/graph.ipynb #a543ff0c
 def read_onnx(
     file,  # .onnx
     shape: tuple,  # of the input, batch of one included
@@ -328,7 +332,7 @@ def read_onnx(
     model = load_shapes(file, shape)
     graph, float_types = model.graph, {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT32}
     shapes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in [*graph.input, *graph.value_info, *graph.output]} | {t.name: tuple(t.dims) for t in graph.initializer}
-    numbers = {t.name: math.prod(t.dims) if t.dims and t.data_type in float_types else 0 for t in graph.initializer}  # a scalar is no parameter
+    numbers = {t.name: math.prod(t.dims) if math.prod(t.dims) > 1 and t.data_type in float_types else 0 for t in graph.initializer}  # a single number is no parameter
     sources, steps, uses, counted = {n: {n} for n in numbers}, [], {}, set()
     source = next(i.name for i in graph.input if i.name not in numbers)
     buffers = {source: Buffer('input', shapes[source])}
