@@ -137,8 +137,8 @@ def size_that_fits(
             high -= 1
     return sizes[low] if low >= 0 else 0
 
-# %% ../../nbs/hardware/memory.ipynb #b8ef95ec
-def remedies(rule: str, size: int) -> list:
+# %% ../../nbs/hardware/memory.ipynb #26a2d406
+def remedies(rule: str) -> list:
     "What can be changed without another model: a name, and options of liveness or cost."
     if rule == 'layer': return [('as it is', {}), ('4-bit weights', {'weight_bits': 4}), ('accumulators of 16 bits', {'accumulator_bits': 16})]
     return [('as it is', {}), ('element-wise layers in place', {'in_place': ('elementwise',)}), ('depthwise layers in place', {'in_place': ('depthwise',)}), ('both in place', {'in_place': IN_PLACE}), ('4-bit activations', {'activation_bits': 4})]
@@ -149,7 +149,7 @@ def most(model, size, num_classes: int, rule: str, model_options: dict, **option
     else: table, column = liveness(model, size, num_classes, model_options=model_options, **options), 'alive_bytes'
     return int(table[column].max()), table.layer[table[column].idxmax()], table[column]
 
-# %% ../../nbs/hardware/memory.ipynb #ce6ca601
+# %% ../../nbs/hardware/memory.ipynb #68d03aeb
 def fits(
     model,  # a name, a torch model, or the path of an .onnx file
     input_size: int = 224,
@@ -165,7 +165,9 @@ def fits(
     def add(change, result):
         n, layer, all_bytes = result
         rows.append((change, n / 1024, max(0.0, (n - limit) / 1024), n <= limit, layer, min(1.0, limit / n), int((all_bytes > limit).sum())))
-    for change, options in remedies(rule, input_size): add(change, most(graph, input_size, num_classes, rule, None, **options))
+    for change, options in remedies(rule):
+        if rows and rows[0][3]: break  # it fits as it is
+        add(change, most(graph, input_size, num_classes, rule, None, **options))
     if not rows[0][3] and isinstance(input_size, int) and not isinstance(model, Graph):
         def measure(size): return most(model, size, num_classes, rule, model_options)[0]
         if size := size_that_fits(measure, input_size, limit): add(f'input of {size} pixels', most(model, size, num_classes, rule, model_options))
@@ -187,7 +189,7 @@ def model_row(
     return {'macs': int(rows.macs.sum()), 'parameters': int(rows.parameters.sum()), 'weights_kib': rows[['weight_bytes', 'bias_bytes']].sum().sum() / 1024,
             'memory_bytes': int(largest.memory_bytes), 'memory_layer': largest.layer, 'peak_bytes': int(alive.alive_bytes), 'peak_layer': alive.layer}
 
-# %% ../../nbs/hardware/memory.ipynb #686e7b53
+# %% ../../nbs/hardware/memory.ipynb #bc086a75
 def published_table(
     input_size: int = 112,
     num_classes: int = 89,
@@ -197,8 +199,8 @@ def published_table(
     from aaai_lt import core
     printed, rows = core.table('aaai_model_table').set_index('model'), {}
     for model, p in printed.iterrows():
-        rows_ = cost(f'repvgg_{model.lower()}', input_size, num_classes, **memory)
-        ours = model_row(f'repvgg_{model.lower()}', input_size, num_classes, **memory)
-        rows[model] = {'params printed': p.params_printed, 'parameters': ours['parameters'], 'FLOPs printed': p.flops_printed, 'by the printed rule': int(flops(rows_, 'thop_unbatched').sum()), 'multiply-adds': ours['macs'],
+        graph = read_graph(f'repvgg_{model.lower()}', input_size, num_classes)
+        ours = model_row(graph, **memory)
+        rows[model] = {'blocks': p.num_blocks, 'widths printed': p.width_printed, 'widths': p.width_corrected, 'params printed': p.params_printed, 'parameters': ours['parameters'], 'FLOPs printed': p.flops_printed, 'by the printed rule': int(flops(cost(graph), 'thop_unbatched').sum()), 'multiply-adds': ours['macs'],
                        'memory printed': p.max_mem_printed, 'memory KiB': ours['memory_bytes'] / 1024, 'layer printed': p.max_mem_layer_printed, 'layer': ours['memory_layer'].removesuffix('.reparam_conv'), 'peak KiB': ours['peak_bytes'] / 1024}
     return pd.DataFrame(rows).T.infer_objects()
