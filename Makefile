@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+TESTS := python -m pytest -n 2 --dist loadfile
 export PYTHONWARNINGS = ignore::DeprecationWarning
 
 .PHONY: help setup train test recipes slow lab docs check bench clean
@@ -25,13 +26,13 @@ train: $(READY)  ## the main job on the built-in data: outputs/train.ipynb is th
 	@echo "the report: outputs/train.ipynb (make lab opens it)"
 
 test: $(READY)   ## all tests but the slow ones
-	@$(RUN) python -m pytest $(ARGS)
+	@$(RUN) $(TESTS) $(ARGS)
 
 recipes: $(READY) ## every recipe, quick
-	@$(RUN) python -m pytest --recipes --timeout=600 $(ARGS)
+	@$(RUN) $(TESTS) --recipes --timeout=600 $(ARGS)
 
 slow: $(READY)   ## also hundreds of kills, and the cells marked slow
-	@$(RUN) python -m pytest --slow --nb-flags slow --timeout=7200 $(ARGS)
+	@$(RUN) $(TESTS) --slow --nb-flags slow --timeout=7200 $(ARGS)
 
 lab: $(READY)    ## JupyterLab on the run notebooks
 	@$(RUN) jupyter lab nbs/train.ipynb
