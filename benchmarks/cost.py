@@ -5,7 +5,7 @@
   flop_counter  torch.utils.flop_counter on the model built with weights, as one would do without this package
   search      `search_fit` over all its candidates
 
-Peak memory is what the fresh process grew by.
+`seconds` are on the clock, `cpu_seconds` on the processor, which a busy machine does not change much. grown_MiB is what the fresh process grew by.
 
   python benchmarks/cost.py [--rounds 5]"""
 import argparse
@@ -37,9 +37,10 @@ def by_torch(name, size, classes):
 
 
 def timed(function, *arguments):
-    began = time.perf_counter()
+    "Seconds on the clock and on the processor, and the result."
+    clock, processor = time.perf_counter(), time.process_time()
     result = function(*arguments)
-    return time.perf_counter() - began, result
+    return time.perf_counter() - clock, time.process_time() - processor, result
 
 
 def fresh(kind, name):
@@ -47,22 +48,24 @@ def fresh(kind, name):
     import aaai_lt.hardware.cost
     import aaai_lt.models.zoo
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, macs = timed({'first': counted, 'flop_counter': by_torch}[kind], name, *CASES[name])
-    print(json.dumps([seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, macs]))
+    seconds, cpu, macs = timed({'first': counted, 'flop_counter': by_torch}[kind], name, *CASES[name])
+    print(json.dumps([seconds, cpu, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, macs]))
 
 
 def measure(rounds):
     from aaai_lt.hardware.fit import search_fit
     rows, common = [], {'threads': torch.get_num_threads(), 'machine': machine()}
-    def add(kind, name, seconds, mib=None, macs=None): rows.append({'kind': kind, 'model': name, 'seconds': round(float(np.median(seconds)), 3), 'lowest': round(min(seconds), 3), 'highest': round(max(seconds), 3), 'rounds': len(seconds), 'grown_MiB': mib, 'macs': macs} | common)
+    def add(kind, name, times, mib=None, macs=None):
+        seconds, cpu, *_ = zip(*times)
+        rows.append({'kind': kind, 'model': name, 'seconds': round(float(np.median(seconds)), 3), 'lowest': round(min(seconds), 3), 'highest': round(max(seconds), 3), 'cpu_seconds': round(float(np.median(cpu)), 3), 'rounds': len(times), 'grown_MiB': mib, 'macs': macs} | common)
     for name, case in CASES.items():
         macs = counted(name, *case)
-        add('cost', name, [timed(counted, name, *case)[0] for _ in range(rounds)], macs=macs)
+        add('cost', name, [timed(counted, name, *case) for _ in range(rounds)], macs=macs)
         for kind in ('first', 'flop_counter'):
             results = [json.loads(subprocess.run([sys.executable, __file__, '--fresh', kind, name], capture_output=True, text=True, check=True).stdout) for _ in range(min(rounds, 3))]
-            add(kind, name, [r[0] for r in results], round(max(r[1] for r in results)), results[0][2])
+            add(kind, name, results, round(max(r[2] for r in results)), results[0][3])
     candidates = len(search_fit(1024))
-    add('search', f'{candidates} candidates', [timed(search_fit, 1024)[0] for _ in range(rounds)])
+    add('search', f'{candidates} candidates', [timed(search_fit, 1024) for _ in range(rounds)])
     return rows
 
 

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'PRODUCTS', 'LAYERS', 'ONNX_KINDS', 'ONNX_SAME', 'Buffer', '
            'record', 'foldable', 'fold_layers', 'load_shapes', 'onnx_macs', 'onnx_step', 'read_onnx', 'input_shape',
            'read_graph', 'run_graph']
 
-# %% ../../nbs/hardware/graph.ipynb #6e845e48
+# %% ../../nbs/hardware/graph.ipynb #652998f0
 import copy
 import math
 import re
@@ -17,13 +17,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core import ConfigError, DataError, resolve
-from ..models.repvgg import deploy_form
 from ..models.zoo import make_model
 
 # %% ../../nbs/hardware/graph.ipynb #7a222092
@@ -364,7 +364,7 @@ def input_shape(
     if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in (height, width)): raise ConfigError(f'input_size is {size!r}; a number of pixels above 0, or (height, width), is expected')
     return 1, 3, height, width
 
-# %% ../../nbs/hardware/graph.ipynb #b4be16a1
+# %% ../../nbs/hardware/graph.ipynb #02d57466
 def read_graph(
     model,  # a name, a torch model, or the path of an .onnx file
     input_size=224,  # pixels of a side, or (height, width)
@@ -381,7 +381,7 @@ def read_graph(
         elif isinstance(model, nn.Module): model = empty_copy(model)
         else: raise ConfigError(f'model is a {type(model).__name__}; a name, a torch model or an .onnx file is expected')
         if deploy:
-            with torch.device('meta'): model = deploy_form(model)
+            with torch.device('meta'): model = reparameterize_model(model, inplace=True)  # what deploy_form does to a copy
         graph = record(model, shape)
     return fold_layers(graph) if deploy else graph
 
