@@ -56,7 +56,7 @@ def test_ratios_and_spread_of_known_work(backends):
 
 
 def test_what_cannot_run_is_a_row_and_the_device_table_takes_it(backends, tmp_path):
-    rows = latency.measure_latency([fake('repvgg_n1'), fake('repvgg_n2')], rounds=2, batch_sizes=(1, 2))
+    rows = latency.measure_latency([fake('repvgg_n1'), fake('repvgg_n2')], tuple(latency.BACKENDS), (1, 2), rounds=2)
     assert len(rows) == 2 * 5 * 2
     states = rows.drop_duplicates('backend').set_index('backend')
     assert states.status.to_dict() == {'one': 'ok', 'two': 'ok', 'absent': 'not_measured', 'broken': 'failure', 'breaks in use': 'failure'}

@@ -7,7 +7,8 @@ __all__ = ['INPUTS', 'OUTPUTS', 'Shipped', 'example_images', 'clean_names', 'wri
            'describe_model', 'read_metadata', 'open_onnx', 'model_images', 'run_images', 'compare', 'check_export',
            'shipped_model', 'export_run']
 
-# %% ../../nbs/hardware/export.ipynb #0835cfa9
+# %% ../../nbs/hardware/export.ipynb #1c6451b4
+import ast
 import hashlib
 import json
 import os
@@ -70,11 +71,17 @@ def example_images(
 def clean_names(
     proto,  # onnx.ModelProto as torch makes it
 ) -> None:
-    "Take out torch's notes on its sources, and the wrapper's name before the names of the weights."
+    "Take out torch's notes on its sources, and give weights the names that they have in the model."
     graph = proto.graph
-    for part in (proto.metadata_props, graph.metadata_props, *(node.metadata_props for node in graph.node), *(v.metadata_props for v in (*graph.input, *graph.value_info, *graph.output, *graph.initializer))): del part[:]
-    for tensor in graph.initializer: tensor.name = tensor.name.removeprefix('model.')
-    for node in graph.node: node.input[:] = [name.removeprefix('model.') for name in node.input]
+    kernels, names = {t.name for t in graph.initializer if len(t.dims) == 2 and '.' not in t.name}, {t.name: t.name for t in graph.initializer}
+    for node in graph.node:
+        scopes = next((ast.literal_eval(p.value) for p in node.metadata_props if p.key == 'pkg.torch.onnx.name_scopes'), [])
+        name = f'{scopes[-2]}.weight' if len(scopes) > 1 else ''
+        for kernel in kernels & set(node.input): names[kernel] = kernel if name in names.values() or not name else name
+    names = {old: new.removeprefix('model.') for old, new in names.items()}
+    for tensor in graph.initializer: tensor.name = names[tensor.name]
+    for node in graph.node: node.input[:] = [names.get(name, name) for name in node.input]
+    for part in (proto, graph, *graph.node, *graph.input, *graph.value_info, *graph.output, *graph.initializer): del part.metadata_props[:]
 
 def write_metadata(
     proto,  # onnx.ModelProto

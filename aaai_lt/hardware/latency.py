@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'Candidate', 'candidate', 'torch_backend', 'onnx_backend', 'make_ready', 'timed_rounds', 'measure_latency',
            'latency_row', 'plot_backends', 'device_rows']
 
-# %% ../../nbs/hardware/latency.ipynb #062b42bd
+# %% ../../nbs/hardware/latency.ipynb #813ab397
 import copy
 import tempfile
 import time
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from torch import nn
 
 from ..core import ConfigError, nearest
@@ -184,18 +185,21 @@ def latency_row(
 def plot_backends(
     rows: pd.DataFrame,  # from measure_latency
 ) -> Figure:
-    "Milliseconds for each image, median with the 5th and 95th percentile, a panel for each batch size; what did not run with its reason."
+    "Milliseconds for each image, a panel for each batch size: median with the 5th and 95th percentile by the clock, and as a ring processor time; what did not run with its reason."
     batches, backends, models = rows.batch.unique(), list(dict.fromkeys(rows.backend)), list(dict.fromkeys(rows.model))
-    fig, axes = plt.subplots(1, len(batches), figsize=(4.6 * len(batches), 0.34 * len(backends) + 1.1), sharey=True, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(1, len(batches), figsize=(4.6 * len(batches), 0.34 * len(backends) + 1.1), sharex=True, sharey=True, squeeze=False, layout='constrained')
     for ax, batch in zip(axes[0], batches):
         ax.set(xscale='log', xlabel='ms for each image', title=f'batch {batch}', ylim=(len(backends) - 0.5, -0.5), yticks=range(len(backends)), yticklabels=backends)
         ax.grid(color='0.93')
+        ax.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
         for m, (model, part) in enumerate(rows[(rows.batch == batch) & (rows.status == 'ok')].groupby('model', sort=False)):
-            y = [backends.index(b) + 0.16 * (m - (len(models) - 1) / 2) for b in part.backend]
+            y = np.array([backends.index(b) + 0.22 * (m - (len(models) - 1) / 2) for b in part.backend])
             ax.errorbar(part.latency_ms / batch, y, xerr=[(part.latency_ms - part.low_ms) / batch, (part.high_ms - part.latency_ms) / batch], fmt='o', ms=5, lw=1, color=f'C{models.index(model)}', label=model)
+            own = ~part.backend.str.contains('cuda')  # a GPU's work is none of the processor's
+            ax.plot((part.cpu_ms / batch)[own], y[own], 'o', ms=8, mfc='none', color=f'C{models.index(model)}')
         for y, backend in enumerate(backends):
             bad = rows[(rows.batch == batch) & (rows.backend == backend) & (rows.status != 'ok')]
-            if len(bad): ax.text(0.02, y, bad.reason.iloc[0][:48], transform=ax.get_yaxis_transform(), va='center', fontsize=7.5, color='crimson' if bad.status.iloc[0] == 'failure' else '0.5')
+            if len(bad): ax.text(0.02, y, bad.reason.iloc[0][:60], transform=ax.get_yaxis_transform(), va='center', fontsize=7.5, color='crimson' if bad.status.iloc[0] == 'failure' else '0.5')
     axes[0, -1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc='upper left')
     return fig
 
