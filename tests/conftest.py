@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get('AAAI_LT_TEST_DATA', ROOT.parent/'shared'/'data')).resolve()
 
 
+LONG = ('test_notebooks.py', 'test_train.py', 'test_evaluate.py', 'test_compare.py', 'test_explorer.py')
+
+
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow: hundreds of kills, full-length runs')
     parser.addoption('--recipes', action='store_true', help='run every quick recipe, and nothing else')
@@ -26,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         fits = 'recipes' in item.keywords if recipes else 'recipes' not in item.keywords and (slow or 'slow' not in item.keywords)
         (chosen if fits else left).append(item)
-    items[:] = chosen
+    items[:] = sorted(chosen, key=lambda item: item.path.name not in LONG)  # first, so that two workers end together
     config.hook.pytest_deselected(items=left)
 
 
