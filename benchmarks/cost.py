@@ -2,7 +2,8 @@
 
   cost        `cost(name, …)`: build on the meta device, run, count; median of the rounds after one that is not counted
   first       the same in a fresh process, imports apart
-  flop_counter  torch.utils.flop_counter on the model built with weights, as one would do without this package
+  flop_counter  torch.utils.flop_counter on the model built with weights, as one would do without this package;
+               RepVGG is counted as it trains, and the CPU's fused attention is not counted at all: the macs differ by that
   search      `search_fit` over all its candidates
 
 `seconds` are on the clock, `cpu_seconds` on the processor, which a busy machine does not change much. grown_MiB is what the fresh process grew by.
