@@ -75,7 +75,7 @@ def torch_backend(
     model = copy.deepcopy(candidate.model).to(device, dtype, memory_format=layout)
     images = example_images(batch, candidate.input_size).to(device, dtype, memory_format=layout)
     if compiled:
-        torch._dynamo.reset()  # so that no earlier model is taken for another shape of this one
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # models and batches share the code of one forward; beyond its limit torch would silently not compile
         model = torch.compile(model, dynamic=False)
     def forward():
         with torch.inference_mode(): model(images)
