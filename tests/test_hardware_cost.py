@@ -275,6 +275,22 @@ def test_front_by_definition(points):
     assert not (best & beaten).any() and {tuple(p) for p in signed[best]} == {tuple(p) for p in signed[~beaten]} and not table[best].duplicated().any()
 
 
+def test_a_run_that_standardises_is_counted_with_it(home):
+    "What stands before the network in the exported file stands in its graph too."
+    from aaai_lt.hardware.graph import run_graph
+    from aaai_lt.training.config import make_config, to_yaml
+    from aaai_lt.training.run import Run
+    steps = {}
+    for standardize in (False, True):
+        folder = home/'outputs'/f'run-{standardize}'
+        folder.mkdir(parents=True)
+        (folder/'config.yaml').write_text(to_yaml(make_config(data='digits', standardize=standardize)))
+        (folder/'data.json').write_text(json.dumps({'input_size': 48, 'classes': list('0123456789')}))
+        steps[standardize] = run_graph(Run(folder)).steps
+    assert sum(s.macs for s in steps[True]) == sum(s.macs for s in steps[False])
+    assert len(steps[True]) > len(steps[False]) and any(s.output_shape == (3, 48, 48) for s in steps[True])
+
+
 def test_profile_notebook(home):
     "As its users start it: the issue's list of models as text, a run, own rows; then a setting that is none of its own."
     from test_train import papermill

@@ -19,7 +19,6 @@ from .counts import BAND_COLOURS
 from ..core import ConfigError, DataError, nearest
 from ..training.config import make_config, quick_config
 from ..training.loop import train
-from ..training.run import Run
 
 # %% ../../nbs/analysis/comparison.ipynb #df6b9612
 def plan_comparison(

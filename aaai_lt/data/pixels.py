@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from ..core import DISK, StorageError, nearest, root, write_json
+from ..core import DISK, StorageError, root, write_json
 from .decode import MAX_PIXELS, BadImage, decode
 from .scan import in_parallel, quarantine
 from .table import ImageTable, read_bytes

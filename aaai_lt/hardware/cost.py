@@ -8,7 +8,6 @@ __all__ = ['COLUMNS', 'FLOPS_RULES', 'stage_of', 'layer_row', 'layer_rows', 'byt
 
 # %% ../../nbs/hardware/cost.ipynb #6187123a
 import math
-import re
 
 import pandas as pd
 

@@ -102,7 +102,6 @@ def export_onnx(
     activation: str = '',  # of OUTPUTS: '' gives logits, softmax and sigmoid probabilities
 ) -> Path:
     "Write the model's shipping form with a dynamic batch, checked. The model itself is left as it is. Raises StorageError if it cannot be written, ConfigError."
-    import onnx
     shipping = Shipped(deploy_form(model).to('cpu').float(), preprocessing, activation).eval()
     with torch.no_grad():
         program = torch.onnx.export(shipping, (example_images(2, input_size, preprocessing),), dynamo=True, opset_version=opset, input_names=['images'], output_names=['scores' if activation else 'logits'],

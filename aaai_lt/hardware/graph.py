@@ -11,7 +11,6 @@ __all__ = ['KINDS', 'PRODUCTS', 'LAYERS', 'ONNX_KINDS', 'ONNX_SAME', 'Buffer', '
 # %% ../../nbs/hardware/graph.ipynb #652998f0
 import copy
 import math
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -139,7 +138,9 @@ def describe(
     return step
 
 # %% ../../nbs/hardware/graph.ipynb #4f626545
-def storage(tensor: Tensor) -> int: return tensor.untyped_storage()._cdata  # the same for all views of a tensor
+def storage(tensor: Tensor) -> int:
+    "The address of a tensor's storage, the same for all its views."
+    return tensor.untyped_storage()._cdata
 
 class Recorder(TorchDispatchMode):
     "Notes each operation on activations while a model runs on the meta device."
@@ -391,4 +392,4 @@ def run_graph(
 ) -> Graph:
     "The model of a run as it ships, at its own input size."
     config, data = run.config, run.data
-    return read_graph(config.model, data['input_size'], len(data['classes']), head=config.head, head_options=config.head_options, **config.model_options)
+    return read_graph(config.model, data['input_size'], len(data['classes']), head=config.head, head_options=config.head_options, standardize=config.standardize, **config.model_options)

@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 
 from ..core import ConfigError, nearest
 from .cost import bytes_of, cost, flops, stage_of
-from .graph import Buffer, Graph, Step, input_shape, read_graph
+from .graph import Buffer, Graph, Step, read_graph
 
 # %% ../../nbs/hardware/memory.ipynb #7a7e42e1
 IN_PLACE = ('depthwise', 'elementwise')  # what some chips' kernels compute in the place of their input
 
-def buffer_bytes(buffer: Buffer, activation_bits: int = 8) -> int: return bytes_of(buffer.numbers, buffer.bits or activation_bits)
+def buffer_bytes(buffer: Buffer, activation_bits: int = 8) -> int:
+    "Bytes of an activation, of indices by their own width."
+    return bytes_of(buffer.numbers, buffer.bits or activation_bits)
 
 def last_uses(graph: Graph) -> dict:
     "The index of the last step that reads each buffer; the model's outputs are needed to the end."

@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'make_loss']
 import inspect
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import ConfigError, check_options, nearest
 from .equalization import EQL, EQLv2, Seesaw, SoftEQL

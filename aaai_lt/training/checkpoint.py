@@ -9,7 +9,6 @@ __all__ = ['CHECKPOINT_VERSION', 'FILES', 'MAX_HEADER', 'tensor_bytes', 'checkpo
 # %% ../../nbs/training/checkpoint.ipynb #6067b1b2
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import torch

@@ -9,12 +9,9 @@ __all__ = ['look_at_data', 'training_table', 'make_table', 'data_hash', 'choose_
 # %% ../../nbs/training/prepare.ipynb #067fea37
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor
 
 from ..core import ConfigError, DataError
 from ..data.builtin import BUILTIN, read_builtin

@@ -13,7 +13,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..core import ConfigError, DataError, StorageError, nearest, root, write_file, write_json
+from ..core import ConfigError, StorageError, nearest, root, write_file, write_json
 from ..data.predictions import Predictions, load_predictions
 from .config import NOT_HASHED, Config, make_config, run_name, to_yaml
 
@@ -75,6 +74,7 @@ def git_state() -> dict:
     except (OSError, subprocess.TimeoutExpired): return {}
 
 def version(package: str) -> str:
+    "The installed version of a package; empty if it is not there."
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return ''
 
