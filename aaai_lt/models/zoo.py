@@ -42,8 +42,11 @@ class Classifier(nn.Module):
         self.frozen = False
 
     def freeze(self):
-        "From now on only the head is trained: no gradients in the backbone, and its batch statistics stay."
+        "From now on only the head is trained, or what it names as its second stage: no gradients elsewhere, and batch statistics stay."
         self.backbone.requires_grad_(False).eval()
+        own = getattr(self.head, 'second_stage', ())
+        for name, p in self.head.named_parameters():
+            if own and name not in own: p.requires_grad_(False)
         self.frozen = True
 
     def train(self, mode: bool = True):
