@@ -298,7 +298,7 @@ def test_profile_notebook(home):
     from aaai_lt.training.config import make_config, to_yaml
     folder = home/'outputs'/'mine'
     folder.mkdir(parents=True)
-    (folder/'config.yaml').write_text(to_yaml(make_config(data='digits', head='cosine')))
+    (folder/'config.yaml').write_text(to_yaml(make_config(data='digits', head='cosine')))  # it has only begun: its cost is known, int8 and latency are not
     (folder/'data.json').write_text(json.dumps({'input_size': 48, 'classes': list('0123456789')}))
     (home/'mine.csv').write_text('device,model,latency_ms\nboard of mine,A0,12.5\n')
     code, output = papermill(home, 'profile.ipynb', '-p', 'models', '["repvgg_n1"]', '-p', 'run', 'mine', '-p', 'chip_kib', '256', '-p', 'device_rows', str(home/'mine.csv'), '-p', 'pictures', '1')
@@ -306,5 +306,20 @@ def test_profile_notebook(home):
     assert 'board of mine' in (home/'out.ipynb').read_text()
     rows = pd.read_csv(folder/'cost.csv')
     assert rows.macs.sum() > 0 and rows.layer.is_unique and not rows.memory_bytes.isna().any()
+    assert 'nothing is quantised' in (home/'out.ipynb').read_text() and 'nothing is measured' in (home/'out.ipynb').read_text()
     code, output = papermill(home, 'profile.ipynb', '-p', 'epochs', '3')
     assert code != 0 and "unknown parameter 'epochs'" in output
+
+
+def test_profile_of_a_finished_run(home):
+    "What int8 did to the run, and its latency on this machine."
+    from test_train import papermill
+
+    from aaai_lt.training.config import make_config
+    from aaai_lt.training.loop import train
+    run = train(make_config(data='digits', quick=True, name='mine'), say=lambda text: None)
+    code, output = papermill(home, 'profile.ipynb', '-p', 'models', '[]', '-p', 'run', 'mine', '-p', 'pictures', '1')
+    assert code == 0, output[-3000:]
+    int8, times = pd.read_csv(run.folder/'int8.csv'), pd.read_csv(run.folder/'latency.csv')
+    assert int8[int8.name == 'balanced_accuracy'].float.item() == pytest.approx(run.summary['val']['balanced_accuracy']) and (run.folder/'model.int8.onnx').is_file()
+    assert (times[times.backend == 'onnxruntime int8'].latency_ms > 0).all() and 'outputs/mine/latency.csv' in (home/'out.ipynb').read_text()
