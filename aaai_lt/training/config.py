@@ -87,6 +87,7 @@ class TrainingSettings:
     stages: list = field(default_factory=list)  # settings of runs that follow each other, each a dict of what differs; the last keeps the name
     seed: int = 0  # of the weights, the order and the augmentation
     save_every: int = 0  # a checkpoint also after so many steps; 0: after each epoch only
+    keep_epochs: int = 0  # keep the weights of so many last epochs, to average them; 0: only the best
     workers: int = 0  # threads that read and decode images; 0: one for each core
     device: str = 'auto'  # auto, cpu, cuda, mps
     precision: str = 'fp32'  # fp32, bf16, fp16
