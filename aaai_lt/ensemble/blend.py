@@ -71,6 +71,7 @@ def read_scores(
     ids, scores = counted_once(np.asarray(ids, object).astype(str), scores, path.name, say)
     return Predictions(scores, ids, tuple(map(str, classes)), None, {'kind': kind, 'activation': activation})
 
+# %% ../../nbs/ensemble/blend.ipynb #ba8f0c84
 def read_member(
     member,  # Predictions, a run or its name, a predictions folder, a CSV
     split: str = 'val',  # of a run
@@ -91,6 +92,7 @@ def positions(
     place = {name: i for i, name in enumerate(given)}
     return np.fromiter((place.get(name, -1) for name in wanted), 'int64', len(wanted))
 
+# %% ../../nbs/ensemble/blend.ipynb #c8896971
 def reordered(
     member: Predictions,
     ids,  # wanted, all of them there
@@ -120,7 +122,7 @@ def align(
     for what, lists in (('class', names), ('image', [list(m.ids) for m in members])):
         common = set(lists[0]).intersection(*lists[1:])
         left = dict.fromkeys(name for own in lists for name in own if name not in common)
-        if left and missing != 'drop': raise DataError(f"{len(left)} {plural[what]} not in all members, such as {next(iter(left))!r}, which member {next(k for k, own in enumerate(lists) if next(iter(left)) not in own) + 1} lacks: missing='drop' leaves them out")
+        if left and missing != 'drop': raise DataError(f"{len(left)} {plural[what]} not in all members, such as {str(next(iter(left)))!r}, which member {next(k for k, own in enumerate(lists) if next(iter(left)) not in own) + 1} lacks: missing='drop' leaves them out")
         if not common: raise DataError(f'the members have no {what} in common')
         if left: say(f'left out: {len(left)} of {len(left) + len(common)} {plural[what]}, which not all members have')
         kept[what] = [name for name in lists[0] if name in common]
@@ -128,6 +130,7 @@ def align(
     found = [reordered(m, kept['image'], positions(kept['class'], own), classes) for m, own in zip(members, names)]
     return share_targets(found, say)
 
+# %% ../../nbs/ensemble/blend.ipynb #fc5f9278
 def share_targets(
     members: list,  # of Predictions, aligned
     say=print,
@@ -149,12 +152,14 @@ def answers(
     p = probabilities(member)
     return p / np.maximum(p.sum(1, keepdims=True), 1e-12) if distribution and member.meta['activation'] == 'sigmoid' else p
 
+# %% ../../nbs/ensemble/blend.ipynb #4e8a8ea8
 def check_weights(weights, members) -> np.ndarray:  # float64, sum 1
     "One weight a member; none is uniform. Raises ConfigError."
     weights = np.ones(len(members)) if weights is None else np.asarray(weights, 'float64')
     if weights.shape != (len(members),) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum(): raise ConfigError(f'{len(members)} weights that are not negative are expected, not {weights.tolist()}')
     return weights / weights.sum()
 
+# %% ../../nbs/ensemble/blend.ipynb #cbebef8b
 def blend(
     members: list,  # of Predictions; aligned here
     weights=None,  # one each, from nothing up; none: uniform
@@ -209,6 +214,7 @@ def truth_likelihoods(
     "The probability of the right answer to each yes or no; 1 where it is unknown."
     return np.where(targets == 1, p, np.where(targets == 0, 1 - p, 1.0))
 
+# %% ../../nbs/ensemble/blend.ipynb #16bca175
 def measured(
     targets: np.ndarray,
     p: np.ndarray,  # probabilities, shape (N, C)
@@ -218,6 +224,7 @@ def measured(
     reduce, value = MEASURES[check_measure(targets, measure)]
     return value(targets, reduce(targets, p))
 
+# %% ../../nbs/ensemble/blend.ipynb #4e3a8bf7
 def check_measure(targets: np.ndarray, measure: str = '') -> str:
     "The name of the measure that fits the targets. Raises ConfigError."
     fitting = ['mAP', 'log_loss'] if targets.ndim == 2 else ['balanced_accuracy', 'accuracy', 'log_loss']
@@ -243,6 +250,7 @@ def stacked(
     single = members[0].targets is not None and members[0].targets.ndim == 1
     return np.stack([answers(m, single) for m in members])
 
+# %% ../../nbs/ensemble/blend.ipynb #05acdb86
 def truths(
     p: np.ndarray,  # shape (K, N, C)
     targets: np.ndarray,
@@ -252,6 +260,7 @@ def truths(
     else: found = np.stack([truth_likelihoods(targets, own)[targets >= 0] for own in p])
     return np.maximum(found, 1e-9).astype('float64')
 
+# %% ../../nbs/ensemble/blend.ipynb #614afb69
 def log_loss_weights(
     p: np.ndarray,  # shape (K, N, C)
     targets: np.ndarray,
@@ -283,6 +292,7 @@ def metric_weights(
             weights = moved[at] / moved[at].sum()
     return weights
 
+# %% ../../nbs/ensemble/blend.ipynb #2d764807
 def greedy_weights(
     p: np.ndarray,  # shape (K, N, C)
     targets: np.ndarray,
@@ -313,6 +323,7 @@ WEIGHTS = {  # name -> weights of members from their probabilities (K, N, C), th
     'greedy': greedy_weights,
 }
 
+# %% ../../nbs/ensemble/blend.ipynb #f626980c
 def learn_weights(
     members: list,  # of Predictions with targets
     how: str = 'learned',  # of WEIGHTS
@@ -337,6 +348,7 @@ def fold_of(
     fold[order] = np.arange(len(targets)) % folds
     return fold
 
+# %% ../../nbs/ensemble/blend.ipynb #34ec3a36
 def bootstrap(
     targets: np.ndarray,
     matrices: list,  # of probabilities, each of shape (N, C)

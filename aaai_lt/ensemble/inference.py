@@ -40,6 +40,7 @@ def view_of(run: Run) -> tuple:  # (kept size, way to a square, input size)
     "What a run needs of an image."
     return run.data['store_size'], run.config.resize, run.data['input_size']
 
+# %% ../../nbs/ensemble/inference.ipynb #ddc717d5
 def in_view(
     data: Data,
     run: Run,  # whose view of the images is wanted
@@ -87,10 +88,12 @@ def predict_members(
             for run, own in zip(alike, logits): found[run.name] = as_predictions(run, own, in_order(images, run), name, tta)
     return {run.name: found[run.name] for run in runs}
 
+# %% ../../nbs/ensemble/inference.ipynb #57140c8a
 def in_order(data: Data, run: Run) -> Data:
     "The data with the run's own order of classes, in which its logits stand."
     return data if tuple(run.data['classes']) == data.table.classes else relabelled(data, run.data['classes'])
 
+# %% ../../nbs/ensemble/inference.ipynb #cbdccbea
 def relabelled(data: Data, classes) -> Data:
     "Data whose labels are indices into another order of the same classes."
     place = {name: i for i, name in enumerate(classes)}

@@ -30,6 +30,7 @@ def rare_classes(
     group = pd.factorize(counts[rare])[0]
     return rare[np.argsort(group, kind='stable')], counts
 
+# %% ../../nbs/ensemble/redistribute.ipynb #032e8819
 def fill_rare(
     p: np.ndarray,  # probabilities, shape (N, C)
     least: int,  # images for each class, at least
@@ -101,6 +102,7 @@ def quotas(
     whole[np.argsort(whole - exact, kind='stable')[:images - whole.sum()]] += 1
     return whole
 
+# %% ../../nbs/ensemble/redistribute.ipynb #dd41e7f0
 def assign(
     p: np.ndarray,  # shape (N, C)
     prior: np.ndarray,  # share of each class, shape (C,)
@@ -160,6 +162,7 @@ def class_prices(
             if np.abs(got - wanted).sum() / total < tolerance: break
     return prices - prices.mean()
 
+# %% ../../nbs/ensemble/redistribute.ipynb #3483deee
 def transport(
     p: np.ndarray,  # probabilities, shape (N, C)
     prior: np.ndarray,  # share of each class, shape (C,)
@@ -177,6 +180,7 @@ def transport(
     order = np.lexsort((-score, rows))
     return columns[order[np.flatnonzero(np.diff(rows, prepend=-1))]].astype('int64')
 
+# %% ../../nbs/ensemble/redistribute.ipynb #13330662
 def check_prior(prior, num_classes: int) -> np.ndarray:  # float64, sum 1
     "Raises ConfigError if these are no shares of the classes."
     prior = np.asarray(prior, 'float64')
@@ -200,6 +204,7 @@ def fit_calibration(
     x = minimize(loss, np.concatenate([[1.0], np.zeros(c)]), jac=True, method='L-BFGS-B', bounds=[(0.05, 20)] + [(-10, 10)] * c).x
     return x[0], x[1:]
 
+# %% ../../nbs/ensemble/redistribute.ipynb #8caae8fb
 def calibrate(
     predictions: Predictions,
     validation: Predictions,  # of the same model, with labels
@@ -210,6 +215,7 @@ def calibrate(
     z = np.float32(scale) * np.log(np.maximum(probabilities(predictions), 1e-12)) + shift.astype('float32')
     return replace(predictions, scores=softmax(z, 1), meta=predictions.meta | {'kind': 'probabilities', 'activation': 'softmax', 'adjusted': ''})
 
+# %% ../../nbs/ensemble/redistribute.ipynb #5a3aba98
 def shares_in(
     validation: Predictions,  # with one label each
     class_counts=None,  # training images of each class, for those that validation lacks
@@ -251,6 +257,7 @@ def way_likelihoods(
     way /= way.sum(0)
     return np.log(np.maximum(p @ (way / np.maximum(base, 1e-12)[:, None]).astype('float32'), 1e-30, dtype='float64'))
 
+# %% ../../nbs/ensemble/redistribute.ipynb #afb84e44
 def image_shares(
     targets: np.ndarray,  # classes of the images, shape (N,)
     prior: np.ndarray,  # share of each class, shape (C,)
@@ -266,6 +273,7 @@ def image_shares(
         weights[:, order] *= np.repeat(prior[targets[order][starts]] / np.add.reduceat(weights[:, order], starts, 1), np.diff(starts, append=len(targets)), 1)
         yield weights / weights.sum(1, keepdims=True)
 
+# %% ../../nbs/ensemble/redistribute.ipynb #ad6ccbca
 def balance_test(
     predictions: Predictions,  # of the test set; labels are not used
     validation: Predictions,  # of the same model, with labels
@@ -275,8 +283,9 @@ def balance_test(
     seed: int = 0,
 ) -> dict:  # verdict, balance, and of each kind of draw: low, high (95 %), p_value
     "Whether a test set is balanced or has the tail of training, calibrated on validation. Raises DataError, ConfigError."
-    train, base = check_prior(np.maximum(class_counts, 1), len(predictions.classes)), shares_in(validation, class_counts)
-    own, known = (way_likelihoods(calibrate(p, validation).scores, base, train) for p in (predictions, validation))
+    sure = [calibrate(p, validation).scores for p in (predictions, validation)]
+    train = check_prior(np.maximum(class_counts, 1), len(predictions.classes))
+    own, known = (way_likelihoods(p, shares_in(validation, class_counts), train) for p in sure)
     balance, random = STEPS[own.sum(0).argmax()], np.random.default_rng([seed, 9])
     found = {'verdict': '', 'balance': float(balance)}
     for kind, prior in (('natural', train), ('balanced', np.full(len(train), 1 / len(train)))):
@@ -296,6 +305,7 @@ METHODS = {  # name -> labels from probabilities, the prior, and options
     'winners_both': lambda p, prior, least, most, sure=None: fill_and_thin(p, least, most, sure),
 }
 
+# %% ../../nbs/ensemble/redistribute.ipynb #3d890c94
 def redistribute(
     predictions: Predictions,  # one label an image
     method: str = 'transport',  # of METHODS
@@ -315,6 +325,7 @@ def redistribute(
     moved = labels != before
     return labels, pd.DataFrame({'class': list(predictions.classes), 'before': count(before), 'wanted': (share * len(p)).round(1), 'after': count(labels), 'gained': count(labels[moved]), 'lost': count(before[moved])})
 
+# %% ../../nbs/ensemble/redistribute.ipynb #a5eb4b6d
 def moved_images(
     predictions: Predictions,
     labels: np.ndarray,  # from `redistribute`

@@ -41,6 +41,7 @@ def member_files(
     if missing := next((f for f in files if not f.is_file()), None): raise ConfigError(f'{missing.parent.name} has no {missing.name}: it is not finished')
     return files
 
+# %% ../../nbs/ensemble/soup.ipynb #650d9f6f
 def read_member(
     file: Path,
 ) -> dict:  # name -> Tensor
@@ -59,6 +60,7 @@ def check_shapes(
     if wrong := sorted(k for k in shapes.keys() | here.keys() if shapes.get(k) != here.get(k)):
         raise ConfigError(f'{name} does not fit the other members: {len(wrong)} tensors are missing, unknown or of another shape, such as {wrong[0]} ({shapes.get(wrong[0], "not there")} expected, {here.get(wrong[0], "not there")} found)')
 
+# %% ../../nbs/ensemble/soup.ipynb #422db8de
 class Average:
     "A running mean of state dicts of one shape: floats in float64, integers as the first has them."
     def __init__(self): self.first, self.sums, self.count = None, {}, 0
@@ -120,6 +122,7 @@ def soup_value(
     summary = summarise(per_class_of(as_predictions(run, logits, data, 'val'), data))
     return summary[config.select if config.select in summary else 'balanced_accuracy']
 
+# %% ../../nbs/ensemble/soup.ipynb #18f9b6d6
 def filled(
     run: Run,
     state: dict,  # its weights
@@ -160,6 +163,7 @@ def owner(file: Path) -> Run:
         if (folder/'config.yaml').is_file(): return Run(folder)
     raise ConfigError(f'{file} lies in no run, and the first member says what the model is: name a run first, or make one of the file with adopt_weights')
 
+# %% ../../nbs/ensemble/soup.ipynb #566f596b
 def soup(
     members,  # of `member_files`
     name: str,  # of the new run

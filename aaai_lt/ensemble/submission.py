@@ -23,6 +23,7 @@ from ..training.evaluate import plain_name
 # %% ../../nbs/ensemble/submission.ipynb #d5a0ae61
 NAME_FORMS = (str, lambda name: str(name).rsplit('/', 1)[-1], lambda name: str(name).rsplit('/', 1)[-1].rsplit('.', 1)[0])
 
+# %% ../../nbs/ensemble/submission.ipynb #46738ad6
 def match_ids(
     wanted,  # names in a sample
     ids,  # of the predictions
@@ -75,12 +76,14 @@ def map_plain(names) -> list:
     "Class names as they are matched."
     return [plain_name(name) for name in names]
 
+# %% ../../nbs/ensemble/submission.ipynb #6c00948c
 def plain_rows(predictions: Predictions, labels: np.ndarray, sample) -> pd.DataFrame:
     "`file,predicted`, under the sample's names of the two columns."
     rows = sample_order(predictions, sample)
     names = ['file', 'predicted'] if sample is None else list(sample.columns[:2])
     return pd.DataFrame({names[0]: predictions.ids[rows] if sample is None else sample.iloc[:, 0], names[1]: np.array(predictions.classes, dtype=object)[labels[rows]]})
 
+# %% ../../nbs/ensemble/submission.ipynb #c591b0a6
 FORMATS = {'accv': Format(accv_rows, header=False, zipped=True), 'aicoss': Format(aicoss_rows), 'plain': Format(plain_rows), 'aaai': Format(plain_rows)}
 
 # %% ../../nbs/ensemble/submission.ipynb #e0f0f081
@@ -112,6 +115,7 @@ def zip_bytes(
     with zipfile.ZipFile(buffer, 'w') as archive: archive.writestr(info, data)
     return buffer.getvalue()
 
+# %% ../../nbs/ensemble/submission.ipynb #f4a0cbf2
 def read_sample(
     sample,  # a CSV, or a zip of one
     header: bool = True,
@@ -121,6 +125,7 @@ def read_sample(
     try: return pd.read_csv(path, dtype=str, keep_default_na=False, header=0 if header else None, encoding='utf-8-sig')
     except (ValueError, OSError) as error: raise DataError(f'{path.name} is no sample submission: {error}') from error
 
+# %% ../../nbs/ensemble/submission.ipynb #70d9bea0
 def submit(
     predictions: Predictions,
     file,  # to write; with a zipped format its suffix becomes .zip

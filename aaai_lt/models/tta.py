@@ -16,6 +16,7 @@ def mirrored(images: Tensor) -> Tensor:  # (B, 3, H, W) -> the same
     "Left and right changed."
     return images.flip(-1)
 
+# %% ../../nbs/models/tta.ipynb #6527e440
 VIEWS = {'none': (nn.Identity(),), 'mirror': (mirrored,), 'flip': (nn.Identity(), mirrored)}  # what the network sees of each image; the logits of all views are averaged
 
 # %% ../../nbs/models/tta.ipynb #9a51d048
