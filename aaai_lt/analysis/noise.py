@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUSPECT_COLUMNS', 'RULES', 'MADE_FOR', 'winning_labels', 'copy_suspects', 'confident_classes', 'noise_counts',
-           'contradicted', 'label_suspects', 'neighbour_distance', 'outlier_suspects', 'spared', 'suspicious',
-           'fixes_of', 'clean', 'write_fixes', 'cleaned_counts', 'plot_removals', 'to_review', 'judge_rules']
+           'contradicted', 'label_suspects', 'say_answers', 'neighbour_distance', 'outlier_suspects', 'spared',
+           'suspicious', 'fixes_of', 'clean', 'write_fixes', 'cleaned_counts', 'plot_removals', 'to_review',
+           'judge_rules']
 
 # %% ../../nbs/analysis/noise.ipynb #e5602982
 import matplotlib.pyplot as plt
@@ -115,6 +116,18 @@ def label_suspects(
     mine, its = p[rows, labels[rows]], p[rows, other]
     return pd.DataFrame({'path': predictions.ids[rows], 'rule': 'disagreement', 'score': its - mine, 'other': '', 'suggestion': other,
         'reason': [f'{names[o]} with {q:.0%}, its label {names[l]} with {m:.0%}' for o, q, l, m in zip(other, its, labels[rows], mine)]})
+
+# %% ../../nbs/analysis/noise.ipynb #5cc56965
+def say_answers(
+    predictions: Predictions,  # of the training split, out of the fold, with targets
+) -> str:
+    "What out-of-fold answers are worth as evidence, in one sentence."
+    p, labels = probabilities(predictions), predictions.targets
+    counts = noise_counts(p, labels)
+    wrong = counts.images[counts.given != counts.true].sum() / max(counts.images.sum(), 1)
+    named = len(contradicted(p, labels)[0]) / max(len(labels), 1)
+    weak = ' That is too much to act on: train longer, or judge with better features.' if named > 0.5 else ''
+    return f'Out of the fold {(p.argmax(1) == labels).mean():.1%} of the answers agree with the label; {wrong:.0%} of the labels are wrong by the counts, and {named:.0%} of the images are named.{weak}'
 
 # %% ../../nbs/analysis/noise.ipynb #a64ae3c8
 def neighbour_distance(
