@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRETRAIN', 'hidden_count', 'random_masks', 'cut_patches', 'join_patches', 'normal_patches', 'hidden_error', 'Masked',
            'Decoder', 'MAE', 'SimMIM', 'check_pretraining', 'fresh_positions', 'pretraining_model', 'load_pretraining',
-           'reconstructions', 'plot_reconstruction', 'pooled_features', 'linear_probe']
+           'reconstructions', 'plot_reconstruction', 'live_reconstruction', 'pooled_features', 'linear_probe']
 
 # %% ../../nbs/training/pretrain.ipynb #8be18856
 import math
@@ -266,13 +266,28 @@ def plot_reconstruction(
     import matplotlib.pyplot as plt
     model, split = load_pretraining(model) if isinstance(model, Run) else model, data.splits.get(split, data.splits['train'])
     at = np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int)
-    images = eval_batch(torch.from_numpy(data.store[split.rows[at]]), data.input_size, torch.tensor(model.mean), torch.tensor(model.std))
+    images = eval_batch(torch.from_numpy(data.store[split.rows[at]]), model.grid[0] * model.patch, torch.tensor(model.mean), torch.tensor(model.std))
     views = reconstructions(model, images, random_masks(0, -1, at, math.prod(model.grid), model.mask_ratio))
     fig, axes = plt.subplots(3, len(at), figsize=(1.05 * len(at) + 0.8, 3.4), squeeze=False, layout='constrained')
     for line, row, name in zip(axes, views, ('image', f'shown\n({1 - model.mask_ratio:.0%})', 'made of it')):
         for ax, image in zip(line, row): ax.imshow(image.permute(1, 2, 0)); ax.set(xticks=[], yticks=[], frame_on=False)
         line[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=8)
     return fig
+
+def live_reconstruction(
+    run: Run,  # of a pre-training, not necessarily begun
+    data: Data,
+):
+    "A function for `train(config, on_epoch=…)` that redraws the reconstructions in place while the run goes on, from its newest checkpoint."
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    handle = display(display_id=True)
+    def draw(history):
+        if run.finished or not (run.folder/'checkpoint').exists(): return
+        fig = plot_reconstruction(run, data)
+        handle.update(fig) if handle else None
+        plt.close(fig)
+    return draw
 
 # %% ../../nbs/training/pretrain.ipynb #2ee2d631
 @torch.no_grad()
@@ -286,8 +301,9 @@ def pooled_features(
     "Mean of the last tokens of each image, without class and register tokens; for other networks what their own pooling gives."
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     backbone, mean, std, found = model.backbone.to(device).eval(), torch.tensor(model.mean, device=device), torch.tensor(model.std, device=device), []
+    size = model.grid[0] * model.patch if isinstance(model, Masked) else data.input_size
     for a in range(0, len(split), batch_size):
-        images = eval_batch(torch.from_numpy(data.store[split.rows[a:a + batch_size]]).to(device), data.input_size, mean, std)
+        images = eval_batch(torch.from_numpy(data.store[split.rows[a:a + batch_size]]).to(device), size, mean, std)
         features = backbone.forward_features(standardize(images) if model.standardize else images)
         found.append((features[:, backbone.num_prefix_tokens:].mean(1) if features.ndim == 3 else backbone.forward_head(features, pre_logits=True)).float().cpu())
     return torch.cat(found).numpy()
