@@ -1,8 +1,5 @@
 "Pre-training: what is hidden stays hidden, only it counts, a killed run goes on bit for bit; and what fine-tuning a transformer needs."
-import os
-
 import numpy as np
-import pandas as pd
 import pytest
 import timm
 import torch
@@ -157,6 +154,19 @@ def test_a_killed_pretraining_goes_on_bit_for_bit(home, settings, tmp_path_facto
     second = Child(home, launched, *words)
     assert second.wait() == 0 and 'continuing x' in second.text(), second.text()
     assert kept(home/'outputs'/'x') == kept(other/'outputs'/'x')
+
+
+def test_two_processes_learn_as_one(home):
+    "Each image has its mask whichever process it goes to, and both wait for the same gradients."
+    from test_distributed import together
+    words = [*(f'{k}={v}' for k, v in MAE.items()), 'data=digits', 'epochs=2', 'batch_size=64', 'warmup_epochs=0', 'optimizer=sgd', 'lr=0.05', 'weight_decay=0', 'workers=1']
+    for name, world in (('one', 1), ('two', 2)):
+        codes, texts = together(home, *words, f'name={name}', world=world)
+        assert codes == [0] * world, texts
+    one, two = (Run(home/'outputs'/name) for name in ('one', 'two'))
+    np.testing.assert_allclose(two.history[['train_loss', 'val_loss']], one.history[['train_loss', 'val_loss']], rtol=1e-3)
+    a, b = (pretrain.load_pretraining(run).state_dict() for run in (one, two))
+    assert max((a[n] - b[n]).abs().max() for n in a) < 1e-3
 
 
 def test_a_stage_of_pretraining_gives_the_next_its_backbone(home):
