@@ -88,7 +88,7 @@ class Stage(nn.Module):
     def tokens(self, x: Tensor) -> tuple:  # (B, channels, H, W) -> tokens (B, prefix + h · w, width), (h, w)
         x = self.patch_embed(x)
         side, tokens = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)
-        if self.cls_token is not None: tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1)
+        if self.cls_token is not None: tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens], 1)
         for block in self.blocks: tokens = block(tokens, side)
         return tokens, side
 

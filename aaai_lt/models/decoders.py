@@ -35,9 +35,9 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, queries: Tensor, memory: Tensor, positions: Tensor | float = 0.0) -> Tensor:  # (B, Q, width)
-        if self.training: queries = queries.expand(len(memory), -1, -1)  # each image drops its own
+        if self.training: queries = queries.expand(memory.shape[0], -1, -1)  # each image drops its own
         own = self.self_attention(queries, queries, queries, need_weights=False)[0] if self.self_attention else queries
-        queries = self.norm1(queries + self.dropout(own)).expand(len(memory), -1, -1)
+        queries = self.norm1(queries + self.dropout(own)).expand(memory.shape[0], -1, -1)
         queries = self.norm2(queries + self.dropout(self.cross_attention(queries, memory + positions, memory, need_weights=False)[0]))
         return self.norm3(queries + self.dropout(self.feed_forward(queries)))
 
