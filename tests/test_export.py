@@ -6,11 +6,13 @@ from torch import nn
 
 from aaai_lt.core import ConfigError, DataError
 from aaai_lt.hardware import export
+from aaai_lt.models.heads import fold_adjustment
 from aaai_lt.models.zoo import make_model
 
 FAMILIES = ['repvgg_n1', 'resnet10t', 'mobilenetv3_small_050', 'convnext_atto', 'vit_tiny_patch16_224', 'regnetx_002', 'mobileone_s0', 'efficientvit_b0', 'ghostnet_050', 'edgenext_xx_small']
 LARGER = ['swin_tiny_patch4_window7_224', 'efficientnet_b0', 'densenet121', 'fastvit_t8', 'levit_128s']
 SIZE = 64
+DECODER = {'width': 32, 'heads': 4, 'feed_forward': 64}
 
 
 @pytest.fixture(scope='module')
@@ -51,13 +53,26 @@ def test_families(name, digits, tmp_path):
     check(model, images, tmp_path)
 
 
-@pytest.mark.parametrize('head, options', [('linear', {'dropout': 0.5}), ('cosine', {}), ('cosine', {'sub_centers': 3}), ('arcface', {'sub_centers': 2, 'margin': 'adaptive'})])
+@pytest.mark.parametrize('head, options', [('linear', {'dropout': 0.5}), ('cosine', {}), ('cosine', {'sub_centers': 3}), ('arcface', {'sub_centers': 2, 'margin': 'adaptive'}),
+    ('ml_decoder', DECODER | {'groups': 3}), ('query2label', DECODER), ('query2label', DECODER | {'style': 'seed'})])
 def test_heads_with_everything_inside(head, options, digits, tmp_path):
     model, _ = made('resnet10t', digits, head, options, standardize=True)
     file = check(model, digits, tmp_path, preprocessing='nhwc', activation='softmax')
     scores = export.open_onnx(file).run(None, {'images': digits[:5].numpy()})[0]
     assert np.allclose(scores.sum(1), 1, atol=1e-5) and (scores >= 0).all()
     assert export.read_metadata(file) == {'input': export.INPUTS['nhwc'], 'output': export.OUTPUTS['softmax']}
+
+
+@pytest.mark.parametrize('name, options', [('resnet10t', {}), ('vit_tiny_patch16_224', {'depth': 2}), ('swin_tiny_patch4_window7_224', {'embed_dim': 24, 'depths': (1, 2, 1, 1)}), ('cvt_nano', {})])
+@pytest.mark.parametrize('head, head_options', [('ml_decoder', DECODER | {'learnable': True}), ('query2label', DECODER), ('query2label', DECODER | {'style': 'seed'})])
+def test_heads_that_read_the_map(name, options, head, head_options, digits, tmp_path):
+    "On maps and tokens, every weight of the head random; and with the prior folded in."
+    model, images = made(name, digits, head, head_options, **options)
+    for p in model.head.parameters(): nn.init.normal_(p, std=0.2)
+    check(model, images, tmp_path)
+    if name == 'cvt_nano':
+        model.head = fold_adjustment(model.head, torch.linspace(-3, 0, 7))
+        check(model, images, tmp_path)
 
 
 def test_layouts_give_the_same_answers(digits, tmp_path):

@@ -37,7 +37,7 @@ def grad_cam(
     with torch.no_grad(): features = model.backbone.forward_features(images)
     axis = channel_axis(model, features)
     features.requires_grad_()
-    with torch.enable_grad(): logits = model.head(model.backbone.forward_head(features))
+    with torch.enable_grad(): logits = model.read(model.backbone.forward_head(features))
     gradient, = torch.autograd.grad(logits[torch.arange(len(images)), classes].sum(), features)
     space = (2, 3) if axis == 1 else (1, 2)
     return (gradient.mean(space, keepdim=True) * features.detach()).sum(axis).relu().float()
