@@ -65,12 +65,14 @@ class LearnableScaleHead(LinearHead):
         num_features: int,
         num_classes: int,
         dropout: float = 0.0,
+        reduction: int = 0,  # as in the first stage
+        activation: str = 'none',
     ):
-        super().__init__(num_features, num_classes, dropout)
+        super().__init__(num_features, num_classes, dropout, reduction=reduction, activation=activation)
         self.scale = nn.Parameter(torch.ones(num_classes))
 
     def forward(self, features: Tensor) -> Tensor:  # (B, num_features) -> logits (B, num_classes)
-        return F.linear(self.dropout(features), self.fc.weight * self.scale[:, None], self.fc.bias)
+        return F.linear(self.dropout(self.neck(features)), self.fc.weight * self.scale[:, None], self.fc.bias)
 
 # %% ../../nbs/models/heads.ipynb #3b1f60ac
 class TauNormalizedHead(LinearHead):
@@ -82,14 +84,16 @@ class TauNormalizedHead(LinearHead):
         num_classes: int,
         dropout: float = 0.0,
         tau: float = 0.0,  # to begin with
+        reduction: int = 0,  # as in the first stage
+        activation: str = 'none',
     ):
-        super().__init__(num_features, num_classes, dropout)
+        super().__init__(num_features, num_classes, dropout, reduction=reduction, activation=activation)
         self.tau = nn.Parameter(torch.tensor(float(tau)))
         self.fc.bias.requires_grad_(False)  # loaded from a first stage, and not used
 
     def forward(self, features: Tensor) -> Tensor:  # (B, num_features) -> logits (B, num_classes)
         length = self.fc.weight.norm(dim=1, keepdim=True)
-        return F.linear(self.dropout(features), self.fc.weight * (length.log().mean().exp() / length) ** self.tau)
+        return F.linear(self.dropout(self.neck(features)), self.fc.weight * (length.log().mean().exp() / length) ** self.tau)
 
 # %% ../../nbs/models/heads.ipynb #24274a9a
 class CosineHead(nn.Module):

@@ -51,7 +51,7 @@ class ModelSettings:
     "The model and what it sees."
     model: str = 'repvgg_s0'  # any timm name, or repvgg_n0 to n4, m0, m1, s0; repopt_a0 and its like, which need scales
     model_options: dict = field(default_factory=dict)  # of timm.create_model, such as {'drop_path_rate': 0.1}
-    head: str = 'linear'  # linear, learnable_scale, tau_normalized, cosine, arcface
+    head: str = 'linear'  # linear, learnable_scale, tau_normalized, cosine, arcface, ml_decoder, query2label
     head_options: dict = field(default_factory=dict)  # of that head, such as {'scale': 30}
     pretrained: bool | str = False  # timm's weights, or a file of weights
     start: str = ''  # a run or a file of weights to begin with; in stages: previous
