@@ -14,12 +14,12 @@ from common import machine, write_rows
 from timm.data import create_loader
 from torch.utils.data import Dataset
 
-from aaai_lt.data.augment import eval_batch
 from aaai_lt.data.decode import decode
 from aaai_lt.data.pixels import build_store
 from aaai_lt.data.table import read_bytes
 from aaai_lt.ensemble import inference
-from aaai_lt.training.evaluate import run_data, run_model
+from aaai_lt.models.zoo import memory_format
+from aaai_lt.training.evaluate import predict_images, run_data, run_model
 from aaai_lt.training.run import load_run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,8 +49,10 @@ def with_timm():
     "One member after the other, each with timm's loader."
     for run in runs:
         model, size = run_model(run), run.data['input_size']
+        layout = memory_format(model, 'cpu')
+        model = model.to(memory_format=layout)
         loader = create_loader(Files(), (3, size, size), batch, is_training=False, use_prefetcher=False, interpolation='bicubic', mean=run.data['mean'], std=run.data['std'], num_workers=args.workers, crop_pct=1.0, crop_mode='squash', device=torch.device('cpu'))
-        for images, _ in loader: model(images)
+        for images, _ in loader: model(images.contiguous(memory_format=layout))
 
 
 def together(cold):
@@ -70,13 +72,9 @@ def data_of(table):
     return replace(data, table=table, splits={args.split: data.splits[args.split]})
 
 
-@torch.no_grad()
 def compute(run):
-    "One member's own work: its weights read, batches in memory normalised and answered."
-    model = run_model(run)
-    pixels = torch.from_numpy(np.ascontiguousarray(data.store[data.splits[args.split].rows]))
-    mean, std = torch.tensor(run.data['mean']), torch.tensor(run.data['std'])
-    for a in range(0, len(pixels), batch): model(eval_batch(pixels[a:a + batch], run.data['input_size'], mean, std))
+    "One member's own work: its weights read, decoded batches resized, normalised and answered."
+    predict_images(run_model(run), data, data.splits[args.split], 'none', batch, 'cpu')
 
 
 def decoding():
