@@ -207,7 +207,7 @@ def make_config(
     return check_together(Config(**values))
 
 # %% ../../nbs/training/config.ipynb #0c264462
-QUICK_MODELS = {'repvgg': 'repvgg_s0', 'resnet': 'resnet10t', 'resnext': 'resnet10t', 'convnext': 'convnext_atto', 'mobilenet': 'mobilenetv3_small_050', 'efficientnet': 'mobilenetv3_small_050', 'vit_': 'vit_tiny_patch16_224', 'swinv2_': 'swinv2_tiny_window8_256'}
+QUICK_MODELS = {'repvgg': 'repvgg_s0', 'resnet': 'resnet10t', 'resnext': 'resnet10t', 'convnext': 'convnext_atto', 'mobilenet': 'mobilenetv3_small_050', 'efficientnet': 'mobilenetv3_small_050', 'tresnet': 'resnet10t', 'cvt': 'cvt_nano', 'vit_': 'vit_tiny_patch16_224', 'swinv2_': 'swinv2_tiny_window8_256'}
 QUICK_OPTIONS = {'vit_tiny_patch16_224': {'patch_size': 4, 'embed_dim': 64, 'depth': 2, 'num_heads': 4}, 'swinv2_tiny_window8_256': {'embed_dim': 32, 'depths': [1, 1], 'num_heads': [2, 4], 'window_size': 4}}
 QUICK_PRETRAIN = {'mae': {'width': 64, 'depth': 1, 'heads': 4}}
 
