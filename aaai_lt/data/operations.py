@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MATRICES', 'SIGNED', 'RANGES', 'RAUG15', 'NAMES', 'AUTOAUGMENT', 'POLICIES', 'MOST_OPS', 'column', 'blend',
-           'grey', 'sharpness', 'posterize', 'autocontrast', 'equalize', 'sample_affine', 'cutout', 'strengths', 'plan',
-           'apply_policy']
+           'grey', 'sharpness', 'posterize', 'sample_affine', 'cutout', 'strengths', 'plan', 'apply_policy']
 
-# %% ../../nbs/data/operations.ipynb #20117018
+# %% ../../nbs/data/operations.ipynb #40b6310f
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF
 
 # %% ../../nbs/data/operations.ipynb #e5826aea
 def column(
@@ -35,48 +34,36 @@ def grey(images: Tensor) -> Tensor:  # float32, shape (B, 1, H, W)
     r, g, b = images.float().split(1, 1)
     return (0.2989 * r + 0.587 * g + 0.114 * b).floor_()
 
-# %% ../../nbs/data/operations.ipynb #f33b4d27
+# %% ../../nbs/data/operations.ipynb #27a8d6cf
 def sharpness(images: Tensor, strength: Tensor) -> Tensor:
     "Against a blurred copy; the outermost pixels stay."
     if min(images.shape[2:]) < 3: return images
-    kernel = torch.ones(3, 3, device=images.device)
-    kernel[1, 1] = 5
-    inner = F.conv2d(images.float(), (kernel / 13).expand(3, 1, 3, 3), groups=3).round_()
-    out = images.clone()
-    out[:, :, 1:-1, 1:-1] = blend(images[:, :, 1:-1, 1:-1], inner, strength)
-    return out
+    out = images.float()
+    inner, rows = out[:, :, 1:-1, 1:-1], out[:, :, :-2] + out[:, :, 1:-1] + out[:, :, 2:]
+    blurred = ((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13).round_()  # weights 1, in the middle 5
+    inner += (blurred - inner) * column(-strength, images)
+    return out.clamp_(0, 255).to(torch.uint8)
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
     "The highest bits of each value; 0 bits: black."
     return images & ((0xFF00 >> bits.long()) & 0xFF).to(torch.uint8).to(images.device)[:, None, None, None]
 
-def autocontrast(images: Tensor, strength: Tensor) -> Tensor:
-    "Each channel stretched to 0 … 255; a channel of one value stays."
-    z = images.float()
-    low, high = z.amin((2, 3), keepdim=True), z.amax((2, 3), keepdim=True)
-    return torch.where(high > low, ((z - low) / ((high - low) / 255).clamp(min=1e-6)).clamp_(0, 255), z).to(torch.uint8)
-
-def equalize(images: Tensor, strength: Tensor) -> Tensor:
-    "Each channel's histogram levelled as Pillow does it (torchvision's, which takes batches)."
-    from torchvision.transforms.v2.functional import equalize
-    return equalize(images)
-
-# %% ../../nbs/data/operations.ipynb #4c5749b1
+# %% ../../nbs/data/operations.ipynb #1f7717fe
 COLOURS = {  # name -> function(bytes (B, 3, H, W), strength (B,)) -> bytes
     'identity': lambda images, s: images,
-    'brightness': lambda images, s: blend(images, torch.zeros((), device=images.device), s),
+    'brightness': lambda images, s: (images * column(1 + s, images)).clamp_(0, 255).to(torch.uint8),
     'color': lambda images, s: blend(images, grey(images), s),
     'contrast': lambda images, s: blend(images, grey(images).mean((1, 2, 3), keepdim=True), s),
     'sharpness': sharpness,
     'posterize': posterize,  # strength: bits that stay
     'solarize': lambda images, s: torch.where(images >= column(s, images), 255 - images, images),  # from this value on inverted
     'solarize_add': lambda images, s: torch.where(images < 128, (images + column(s, images)).clamp(max=255).to(torch.uint8), images),
-    'autocontrast': autocontrast,
-    'equalize': equalize,
+    'autocontrast': lambda images, s: TF.autocontrast(images),  # each channel stretched to 0 … 255; torchvision's, which takes batches
+    'equalize': lambda images, s: TF.equalize(images),  # each channel's histogram levelled as Pillow does it
     'invert': lambda images, s: 255 - images,
 }
 
-# %% ../../nbs/data/operations.ipynb #18934eda
+# %% ../../nbs/data/operations.ipynb #36cee4d5
 MATRICES = {  # name -> function(strength (B,), height, width) -> the six numbers of a, b, c; d, e, f: x' = ax + by + c, y' = dx + ey + f
     'shear_x': lambda s, h, w: (1, s, s * h / 2, 0, 1, 0),  # strength: pixels to the side for each pixel down
     'shear_y': lambda s, h, w: (1, 0, 0, s, 1, s * w / 2),
@@ -93,12 +80,12 @@ def sample_affine(
 ) -> Tensor:
     "The images moved, sheared or turned; nearest pixel."
     h, w = images.shape[2:]
-    theta = torch.stack([torch.as_tensor(v, dtype=torch.float64).expand(len(images)) for v in MATRICES[name](strength, h, w)], 1).view(-1, 2, 3)
-    theta = theta.float().to(images.device)
-    x, y = (torch.linspace((1 - n) / 2, (n - 1) / 2, n, device=images.device) for n in (w, h))
-    base = torch.stack([x.expand(h, w), y[:, None].expand(h, w), torch.ones(h, w, device=images.device)], 2).view(1, h * w, 3)
-    grid = (base.expand(len(images), -1, -1) @ (theta.transpose(1, 2) / torch.tensor([w / 2, h / 2], device=images.device))).view(-1, h, w, 2)
-    return (F.grid_sample(images.float() - fill, grid, mode='nearest', padding_mode='zeros', align_corners=False) + fill).round_().to(torch.uint8)
+    a, b, c, d, e, f = (torch.as_tensor(v, dtype=torch.float64).expand(len(images)).float().to(images.device)[:, None, None] for v in MATRICES[name](strength, h, w))
+    x, y = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (w, h))
+    column, row = (a * x + b * y[:, None] + (c + (w - 1) / 2)).round_(), (d * x + e * y[:, None] + (f + (h - 1) / 2)).round_()
+    inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+    at = (row.clamp_(0, h - 1) * w + column.clamp_(0, w - 1)).long().flatten(1)[:, None].expand(-1, 3, -1)
+    return torch.where(inside[:, None], images.flatten(2).gather(2, at).view_as(images), fill)
 
 # %% ../../nbs/data/operations.ipynb #0a0ac590
 def cutout(
@@ -180,7 +167,7 @@ def plan(
 POLICIES = ('randaugment', 'autoaugment', 'raug15')
 MOST_OPS = 13  # that the columns of `draws` suffice for
 
-# %% ../../nbs/data/operations.ipynb #0611920c
+# %% ../../nbs/data/operations.ipynb #e80a87cc
 def apply_policy(
     images: Tensor,  # bytes, (B, 3, H, W)
     u: Tensor,  # random numbers, shape (B, 1 + 5 · rounds)
@@ -188,7 +175,8 @@ def apply_policy(
     num_ops: int = 2,  # operations for each image; autoaugment always has two
     magnitude: float = 9,  # of 30, for randaugment
 ) -> Tensor:
-    "The images after their operations, one round after the other. Which ones is decided on the CPU, so that the device is asked once."
+    "The images after their operations, one round after the other. Which ones is decided on the CPU, so that the device is asked once. Raises ValueError if there are too few random numbers."
+    if u.shape[1] < 1 + 5 * num_ops: raise ValueError(f'{num_ops} operations need {1 + 5 * num_ops} random numbers for each image; there are {u.shape[1]}')
     numbers = u.double().cpu().numpy()
     which, strength = plan(numbers, policy, num_ops, magnitude)
     strength, images, fill = torch.from_numpy(strength), images.clone(), 128 if policy == 'raug15' else 0
