@@ -60,7 +60,7 @@ def stratify(
     "Hold out a share of the images of every class at once (Sechidis et al. 2011, algorithm 1, for two parts), evenly over the sets of labels. A class is rounded, half down."
     random, has = np.random.default_rng([seed, 5]), np.asarray(matrix) == 1
     order = np.argsort(np.asarray(paths).astype(str), kind='stable')[random.permutation(len(has))]
-    sets = np.ascontiguousarray(np.packbits(has[order][:, np.argsort(has.sum(0), kind='stable')], axis=1))  # the rarest class decides first
+    sets = np.ascontiguousarray(np.packbits(has[order][:, np.argsort(-has.sum(0), kind='stable')], axis=1))  # the frequent classes first: they come last and have the least left to choose from
     order = order[np.argsort(sets.view(f'V{sets.shape[1]}')[:, 0], kind='stable')]
     has, left, held = np.asfortranarray(has[order]), np.ones(len(order), bool), np.zeros(len(order), bool)
     def spread(rows, wish):
