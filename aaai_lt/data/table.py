@@ -54,6 +54,14 @@ class ImageTable:
         part = self.frame[self.frame.split == split]
         return label_matrix(part.label, len(self.classes), part.get('unknown')) if self.multilabel else part.label.to_numpy('int64', copy=True)
 
+    def ids(self, frame: pd.DataFrame) -> np.ndarray:
+        "What these rows are called in predictions: their ids, or their paths."
+        return frame['id' if 'id' in self.frame else 'path'].to_numpy(object)
+
+    def paths(self, ids) -> np.ndarray:
+        "The paths of images that are called so."
+        return np.asarray(ids, object) if 'id' not in self.frame else self.frame.drop_duplicates('id').set_index('id').path.loc[list(ids)].to_numpy(object)
+
     def label_text(self, label) -> str:
         "The name of a label, or the names of several, joined by `;`."
         return ';'.join(self.classes[i] for i in label) if self.multilabel else self.classes[label]
