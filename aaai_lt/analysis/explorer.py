@@ -33,12 +33,13 @@ from ..training.metrics import wilson
 # %% ../../nbs/analysis/explorer.ipynb #759feb0b
 def answers_of(
     predictions: Predictions,  # with targets, one label an image
+    table: ImageTable = None,  # that knows the images by their ids, if these are not paths
 ) -> pd.DataFrame:  # path, true, said (class indices), correct, p_true, p_said
     "What was said of each image, and how surely."
     if predictions.targets is None or np.ndim(predictions.targets) != 1: raise DataError('the explorer needs predictions with one true class for each image')
     p, rows = probabilities(predictions), np.arange(len(predictions))
     said, true = p.argmax(1), np.asarray(predictions.targets)
-    return pd.DataFrame({'path': predictions.ids, 'true': true, 'said': said, 'correct': said == true, 'p_true': p[rows, true], 'p_said': p[rows, said]})
+    return pd.DataFrame({'path': predictions.ids if table is None else table.paths(predictions.ids), 'true': true, 'said': said, 'correct': said == true, 'p_true': p[rows, true], 'p_said': p[rows, said]})
 
 # %% ../../nbs/analysis/explorer.ipynb #a45e5b5a
 def chosen_rows(

@@ -46,16 +46,16 @@ def draw_mosaic(
     labels: np.ndarray,  # of them, shape (n,)
     chances: np.ndarray,  # of each class, sum 1
     random: np.random.Generator,
-    cell: int = 12,  # pixels of the grid on which digits lie
+    cell: int = 16,  # pixels of the grid on which digits lie
 ) -> tuple:  # (image, classes on it)
     "Digits in their own cells of a canvas, each of its own size and a little out of place."
     count = random.integers(1, 6)
-    rows, columns = random.integers(2, 5, 2)
-    rows += rows * columns < count
+    columns = int(random.integers(1, 4))
+    rows = -(-count // columns)
     canvas = Image.new('L', (int(columns) * cell, int(rows) * cell))
     shown = random.choice(len(chances), count, p=chances)
     for place, label in zip(random.permutation(rows * columns), shown):
-        side = int(random.integers(9, cell + 1))
+        side = int(random.integers(12, cell + 1))
         x, y = random.integers(0, cell - side + 1, 2)
         digit = Image.fromarray(digits[random.choice(np.flatnonzero(labels == label))]).resize((side, side), Image.Resampling.BILINEAR)
         canvas.paste(digit, (int(place % columns * cell + x), int(place // columns * cell + y)))
@@ -140,8 +140,8 @@ def write_digits(folder: Path, scale: float = 1.0):
 
 # %% ../../nbs/data/builtin.ipynb #a1492506
 def write_mosaic(folder: Path, scale: float = 1.0):
-    "The mosaics as files: 2,000 for training, 500 for validation, 1,000 for the test, times `scale`."
-    pictures, frame = mosaic_rows({name: max(round(n * scale), 20) for name, n in (('train', 2000), ('val', 500), ('test', 1000))})
+    "The mosaics as files: 3,000 for training, 500 for validation, 1,000 for the test, times `scale`."
+    pictures, frame = mosaic_rows({name: max(round(n * scale), 20) for name, n in (('train', 3000), ('val', 500), ('test', 1000))})
     write_set(folder, frame, pictures)
 
 def write_profile(folder: Path, scale: float = 0.05):

@@ -49,9 +49,9 @@ class ImageTable:
         labels = self.frame.label[self.frame.split == split]
         return np.bincount((labels.explode().dropna() if self.multilabel else labels).astype(int), minlength=len(self.classes))
 
-    def targets(self, split: str) -> np.ndarray:
-        "What the images of a split show: int64, shape (N,); with several labels int8, shape (N, classes): 1, 0, and -1 where nobody looked."
-        part = self.frame[self.frame.split == split]
+    def targets(self, split: str = '') -> np.ndarray:
+        "What the images of a split show, or all: int64, shape (N,); with several labels int8, shape (N, classes): 1, 0, and -1 where nobody looked."
+        part = self.frame[self.frame.split == split] if split else self.frame
         return label_matrix(part.label, len(self.classes), part.get('unknown')) if self.multilabel else part.label.to_numpy('int64', copy=True)
 
     def ids(self, frame: pd.DataFrame) -> np.ndarray:
@@ -61,6 +61,10 @@ class ImageTable:
     def paths(self, ids) -> np.ndarray:
         "The paths of images that are called so."
         return np.asarray(ids, object) if 'id' not in self.frame else self.frame.drop_duplicates('id').set_index('id').path.loc[list(ids)].to_numpy(object)
+
+    def shows(self, frame: pd.DataFrame, label: int) -> np.ndarray:
+        "Which of these rows show a class, bool."
+        return np.fromiter((label in sets for sets in frame.label), bool, len(frame)) if self.multilabel else (frame.label == label).to_numpy()
 
     def label_text(self, label) -> str:
         "The name of a label, or the names of several, joined by `;`."
