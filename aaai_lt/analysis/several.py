@@ -6,6 +6,8 @@
 __all__ = ['plot_precisions', 'weakest', 'image_errors', 'show_worst', 'company']
 
 # %% ../../nbs/analysis/several.ipynb #279e956f
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -66,12 +68,11 @@ def show_worst(
     errors = image_errors(predictions).head(columns * rows)
     where = table.frame.drop_duplicates('path').set_index('path', drop=False)
     fig, axes = plt.subplots(rows, columns, figsize=(columns * 1.75, rows * 2.5), squeeze=False, layout='constrained')
-    def lines(text): return text.replace(', ', '\n') if text.count(', ') < 3 else ',\n'.join([', '.join(part) for part in np.array_split(text.split(', '), 3)])
     for ax in axes.flat: ax.set(xticks=[], yticks=[], frame_on=False)
     for ax, path, error in zip(axes.flat, table.paths(errors.id), errors.itertuples(index=False)):
         ax.imshow(read_image(table, where.loc[path]))
-        ax.set_title(lines(error[1]) or 'nothing', fontsize=7)
-        ax.set_xlabel('\n'.join(sign + lines(text).replace('\n', '\n' + sign) for sign, text in (('− ', error[2]), ('+ ', error[3])) if text), fontsize=7, color='#c44e52')
+        ax.set_title(fill(error[1], 22) or 'nothing', fontsize=7)
+        ax.set_xlabel('\n'.join(fill(sign + text, 22) for sign, text in (('− ', error[2]), ('+ ', error[3])) if text), fontsize=7, color='#c44e52')
     return fig
 
 # %% ../../nbs/analysis/several.ipynb #566e3fcc

@@ -46,16 +46,15 @@ def draw_mosaic(
     labels: np.ndarray,  # of them, shape (n,)
     chances: np.ndarray,  # of each class, sum 1
     random: np.random.Generator,
-    cell: int = 16,  # pixels of the grid on which digits lie
 ) -> tuple:  # (image, classes on it)
-    "Digits in their own cells of a canvas, each of its own size and a little out of place."
-    count = random.integers(1, 6)
-    columns = int(random.integers(1, 4))
-    rows = -(-count // columns)
-    canvas = Image.new('L', (int(columns) * cell, int(rows) * cell))
+    "Digits in the cells of a canvas, each of its own size and a little out of place."
+    count, cell = int(random.integers(1, 6)), int(random.integers(14, 23))
+    grid = [(1, 1), (1, 2), (2, 2), (2, 2), (2, 3)][count - 1]
+    rows, columns = grid if random.random() < 0.5 else grid[::-1]
+    canvas = Image.new('L', (columns * cell, rows * cell))
     shown = random.choice(len(chances), count, p=chances)
     for place, label in zip(random.permutation(rows * columns), shown):
-        side = int(random.integers(12, cell + 1))
+        side = int(random.integers(cell - 4, cell + 1))
         x, y = random.integers(0, cell - side + 1, 2)
         digit = Image.fromarray(digits[random.choice(np.flatnonzero(labels == label))]).resize((side, side), Image.Resampling.BILINEAR)
         canvas.paste(digit, (int(place % columns * cell + x), int(place // columns * cell + y)))

@@ -462,7 +462,7 @@ def headline(run: Run) -> str:
     "The result in one line: test if there is one, else validation."
     summary = run.summary
     split = 'test' if 'test' in summary else 'val' if 'val' in summary else None
-    return ('quick run, figures mean nothing; ' if summary['quick'] else '') + (f'{split}: {KINDS[run.multilabel].describe(summary[split])}' if split else 'no held-out images')
+    return ('quick run, figures mean nothing; ' if summary['quick'] else '') + (f'{split}: {KINDS["mAP" in summary[split]].describe(summary[split])}' if split else 'no held-out images')
 
 # %% ../../nbs/training/loop.ipynb #29266c3d
 def start_or_continue(
