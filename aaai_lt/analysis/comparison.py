@@ -18,6 +18,7 @@ from matplotlib.ticker import PercentFormatter
 from .counts import BAND_COLOURS
 from ..core import ConfigError, DataError, nearest
 from ..training.config import make_config, quick_config
+from ..training.kinds import KINDS
 from ..training.loop import train
 
 # %% ../../nbs/analysis/comparison.ipynb #df6b9612
@@ -49,11 +50,11 @@ def run_comparison(
     for i, ((variant, seed), config) in enumerate(plan.items(), 1):
         runs[variant, seed] = run = train(config, stop=stop, say=lambda text: None)
         best = run.summary.get('val') or run.summary.get('test')
-        say(f'{i:3} of {len(plan)}  {variant}, seed {seed}: ' + (f"balanced accuracy {best['balanced_accuracy']:.2%}, " if best else '') + f"{run.summary['seconds']:.0f} s")
+        say(f'{i:3} of {len(plan)}  {variant}, seed {seed}: ' + (f"{KINDS[run.multilabel].select[0].replace('_', ' ')} {best[KINDS[run.multilabel].select[0]]:.2%}, " if best else '') + f"{run.summary['seconds']:.0f} s")
     return runs
 
 # %% ../../nbs/analysis/comparison.ipynb #2a314e41
-MEASURES = ('balanced_accuracy', 'accuracy', 'many', 'medium', 'few')
+MEASURES = ('mAP', 'balanced_accuracy', 'accuracy', 'CF1', 'OF1', 'many', 'medium', 'few')  # those that the runs have
 
 def result_rows(
     runs: dict,  # (variant, seed) -> Run
@@ -89,7 +90,7 @@ def compare(
     "Each variant's mean and sample standard deviation, and its paired difference from the reference with standard error and verdict."
     if reference not in set(rows.variant): raise ConfigError(f'reference is {reference!r}: {nearest(reference, rows.variant.unique())}')
     by, order = list(by), list(dict.fromkeys(rows.variant))
-    long = rows.melt([*by, 'variant', 'seed'], [m for m in measures if rows[m].notna().any()], 'measure').astype({'value': float}).dropna(subset='value')
+    long = rows.melt([*by, 'variant', 'seed'], [m for m in measures if m in rows and rows[m].notna().any()], 'measure').astype({'value': float}).dropna(subset='value')
     own = long[long.variant == reference].drop(columns='variant').rename(columns={'value': 'base'})
     long = long.merge(own, on=[*by, 'measure', 'seed'], how='left').assign(difference=lambda t: t.value - t.base)
     out = long.groupby([*by, 'measure', 'variant'], sort=False).agg(mean=('value', 'mean'), sd=('value', 'std'), seeds=('value', 'size'), difference=('difference', 'mean'), error=('difference', 'sem'), pairs=('difference', 'count')).reset_index()
@@ -114,7 +115,7 @@ def plot_comparison(
     measures=MEASURES,
 ) -> Figure:
     "A dot for each seed and a line for the mean, a panel for each measure; each panel has its own range."
-    shown, order = [m for m in measures if rows[m].notna().any()], list(dict.fromkeys(rows.variant))
+    shown, order = [m for m in measures if m in rows and rows[m].notna().any()], list(dict.fromkeys(rows.variant))
     fig, axes = plt.subplots(1, len(shown), figsize=(1.2 + 2.1 * len(shown), 0.9 + 0.32 * len(order)), layout='constrained', sharey=True, squeeze=False)
     for ax, measure in zip(axes[0], shown):
         values = rows.pivot(index='seed', columns='variant', values=measure).astype(float)

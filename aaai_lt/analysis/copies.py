@@ -37,9 +37,9 @@ def conflicting_copies(
     once = table.frame.drop_duplicates('path')
     again = once[once.sha1.duplicated(keep=False)]
     again = again[again.groupby('sha1').label.transform('nunique') > 1].sort_values(['sha1', 'path'])
-    names = np.array(table.classes, dtype=object)
-    labels = again.groupby('sha1').label.agg(lambda group: ' and '.join(dict.fromkeys(names[group])))
-    return pd.DataFrame({'path': again.path, 'label': names[again.label], 'split': again.split, 'reason': 'same bytes under ' + again.sha1.map(labels)}).reset_index(drop=True)
+    again = again.assign(label=[table.label_text(label) for label in again.label])
+    labels = again.groupby('sha1').label.agg(lambda group: ' and '.join(dict.fromkeys(group)))
+    return pd.DataFrame({'path': again.path, 'label': again.label, 'split': again.split, 'reason': 'same bytes under ' + again.sha1.map(labels)}).reset_index(drop=True)
 
 # %% ../../nbs/analysis/copies.ipynb #019cfa0e
 def say_copies(

@@ -138,7 +138,7 @@ def sample_grid(
     chosen = list(order) if len(order) <= head + tail else [*order[:head], *order[len(order) - tail:]]
     fig, axes = plt.subplots(len(chosen), columns, figsize=(columns * 0.95, len(chosen) * 1.05), squeeze=False)
     for label, line in zip(chosen, axes):
-        rows = train[train.label == label]
+        rows = train[table.shows(train, label)]
         rows = rows.sample(min(columns, len(rows)), random_state=seed)
         for ax, row in zip(line, rows.itertuples()): ax.imshow(read_image(table, row))
         for ax in line: ax.set(xticks=[], yticks=[], frame_on=False)

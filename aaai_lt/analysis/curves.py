@@ -23,11 +23,12 @@ def plot_history(
     marker = 'o' if len(history) < 15 else None
     for column, label, colour in (('train_loss', 'training', '0.6'), ('val_loss', 'validation', '0.1')):
         if column in history: axes[0].plot(history.epoch, history[column], label=label, color=colour, marker=marker, ms=3)
-    for column, label, colour in (('train_accuracy', 'training (augmented)', '0.7'), ('val_accuracy', 'validation', '0.4'), ('val_balanced_accuracy', 'validation, balanced', 'black')):
+    for column, label, colour in (('train_accuracy', 'training (augmented)' + ', right decisions' * ('val_mAP' in history), '0.7'), ('val_accuracy', 'validation', '0.4'), ('val_balanced_accuracy', 'validation, balanced', 'black'), ('val_mAP', 'validation, mAP', 'black'), ('val_OF1', 'validation, OF1', '0.4')):
         if column in history: axes[1].plot(history.epoch, history[column], label=label, color=colour, marker=marker, ms=3)
     for band, colour in BAND_COLOURS.items():
         if f'val_{band}' in history and history[f'val_{band}'].notna().any(): axes[2].plot(history.epoch, history[f'val_{band}'], label=band, color=colour, marker=marker, ms=3)
-    for ax, name in zip(axes, ('loss', 'accuracy', 'validation accuracy by band')):
+    several = 'val_mAP' in history
+    for ax, name in zip(axes, ('loss', 'mAP and decisions' if several else 'accuracy', 'validation mAP by band' if several else 'validation accuracy by band')):
         ax.set(title=name, xlabel='epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(frameon=False, fontsize=8) if ax.lines else ax.set_axis_off()  # a pre-training has no accuracy

@@ -119,7 +119,7 @@ def show_pairs(
         chosen = np.flatnonzero((predictions.targets == position[pair.true]) & (said == position[pair.said]))
         chosen = chosen[np.argsort(-p[chosen, position[pair.said]], kind='stable')][:columns]
         for ax, i in zip(line, chosen):
-            ax.imshow(read_image(table, where.loc[predictions.ids[i]]))
+            ax.imshow(read_image(table, where.loc[table.paths([predictions.ids[i]])[0]]))
             ax.set_xlabel(f'{p[i, position[pair.said]]:.0%}', fontsize=8)
         line[0].set_ylabel(f'{pair.true}\ntaken for\n{pair.said}', rotation=0, ha='right', va='center', fontsize=8)
     return fig

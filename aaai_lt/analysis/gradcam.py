@@ -60,7 +60,7 @@ def images_of(
     indices: np.ndarray,
 ) -> tuple:  # (uint8 pixels (B, S, S, 3), normalised images (B, 3, input_size, input_size))
     "Images as they are stored, and as the network sees them."
-    pixels = data.store[data.store.rows(predictions.ids[indices])]
+    pixels = data.store[data.store.rows(data.table.paths(predictions.ids[indices]))]
     return pixels, eval_batch(torch.from_numpy(pixels), data.input_size, torch.tensor(model.mean), torch.tensor(model.std))
 
 # %% ../../nbs/analysis/gradcam.ipynb #f1074920

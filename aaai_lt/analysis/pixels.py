@@ -45,6 +45,7 @@ def class_statistics(
 ) -> pd.DataFrame:
     "Images looked at, means of brightness, contrast and colour, and the standard deviations of the first two within the class; a row for each class."
     part = table.split(split)
+    if table.multilabel: part = part.explode('label').dropna(subset='label')  # an image counts for each of its classes
     if at_most: part = part.sample(frac=1, random_state=seed).groupby('label').head(at_most)
     each = image_statistics(store, store.rows(part.path)).assign(label=part.label.to_numpy())
     groups = each.groupby('label')

@@ -70,6 +70,7 @@ def cut_tail(
     shape: str = 'exponential',  # 'exponential' | 'pareto' | 'step'
 ) -> ImageTable:
     "The table with its training split cut to a tail; the other splits stay as they are. Raises DataError."
+    if table.multilabel: raise DataError('a tail is cut into sets of one label an image; here an image that is left out is missing from all its classes. Take a cut with `where`')
     counts = table.counts('train')
     order = np.argsort(-counts, kind='stable') if order is None else np.asarray(order)
     wanted = np.zeros(len(counts), dtype=int)

@@ -20,7 +20,7 @@ from ..core import DataError, StorageError, write_file, write_json
 
 # %% ../../nbs/data/predictions.ipynb #74bd758c
 PREDICTIONS_VERSION = 1
-META = {'kind': 'logits', 'activation': 'softmax', 'adjusted': '', 'tta': '', 'input_size': 0, 'split': '', 'weights_sha256': ''}
+META = {'kind': 'logits', 'activation': 'softmax', 'multilabel': False, 'adjusted': '', 'tta': '', 'input_size': 0, 'split': '', 'weights_sha256': ''}
 
 # %% ../../nbs/data/predictions.ipynb #dae6e5ff
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class Predictions:
     meta: dict = field(default_factory=dict)  # see META
 
     def __post_init__(self):
-        object.__setattr__(self, 'meta', META | self.meta)
+        object.__setattr__(self, 'meta', META | ({'multilabel': True} if np.ndim(self.targets) == 2 else {}) | self.meta)
         n, c = self.scores.shape
         if c != len(self.classes): raise DataError(f'predictions: {c} columns of scores for {len(self.classes)} classes')
         if n != len(self.ids): raise DataError(f'predictions: {n} rows of scores for {len(self.ids)} ids')
         if len(set(self.ids)) != n: raise DataError('predictions: an id occurs twice: ' + str(pd.Series(self.ids)[pd.Series(self.ids).duplicated()].iloc[0]))
         if self.targets is not None and len(self.targets) != n: raise DataError(f'predictions: {len(self.targets)} targets for {n} images')
 
+    @property
+    def multilabel(self) -> bool: return self.meta['multilabel']  # several labels on an image
     def __len__(self): return len(self.ids)
     def __repr__(self): return f"Predictions: {len(self):,} × {len(self.classes)} {self.meta['kind']} ({self.meta['activation']}), split {self.meta['split'] or '?'}"
 

@@ -118,7 +118,7 @@ def quarantine(
     bad = table.problems[table.problems.reason.isin(UNUSABLE)]
     shown = '; '.join(f'{r.path} ({r.reason})' for r in bad.head(5).itertuples()) + ('; …' if len(bad) > 5 else '')
     if bad_images == 'fail' and len(bad): raise DataError(f"{len(bad):,} images cannot be used and bad_images='fail': {shown}")
-    empty = np.flatnonzero(table.counts('train') == 0) if (table.frame.split == 'train').any() else []
+    empty = np.flatnonzero(table.counts('train') == 0) if (table.frame.split == 'train').any() and not table.multilabel else []  # of several labels the others can be learnt
     if len(empty):
         names = ', '.join(str(table.classes[i]) for i in empty[:5]) + (', …' if len(empty) > 5 else '')
         raise DataError(f'no training image for {len(empty)} of {len(table.classes)} classes: {names}.' + (f' Unusable images: {shown}' if len(bad) else ' Take the class out with `where`, or give it training images.'))

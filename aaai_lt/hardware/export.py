@@ -136,7 +136,7 @@ def describe_model(
     "What the reader of an exported file needs to know."
     config, data = run.config, run.data
     return {'classes': data['classes'], 'input_size': data['input_size'], 'resize': config.resize, 'store_size': data['store_size'], 'mean': data['mean'], 'std': data['std'],
-        'activation': LOSSES[config.loss].activation, **({'adjusted': f'logit adjustment, tau {config.adjust_tau}'} if config.adjust_tau else {}), 'run': run.name, 'weights_sha256': hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()}
+        'activation': LOSSES[config.loss].activation, **({'multilabel': True} if run.multilabel else {}), **({'adjusted': f'logit adjustment, tau {config.adjust_tau}'} if config.adjust_tau else {}), 'run': run.name, 'weights_sha256': hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()}
 
 # %% ../../nbs/hardware/export.ipynb #95c4a506
 def read_metadata(
@@ -192,6 +192,7 @@ def compare(
     onnx_model,  # path or bytes of the exported file
     images: Tensor,  # as the model takes them, N of them
     batch_sizes: tuple = (1, 7),
+    multilabel: bool = False,  # several labels on an image: a decision for each class
 ) -> pd.DataFrame:  # a row for each batch size: images, largest difference, scale of the logits, agreement of the decisions
     "The exported file beside the torch model on real images."
     session, training = open_onnx(onnx_model), model.training
@@ -199,10 +200,11 @@ def compare(
         expected = model.eval()(images).float().numpy()
         scale = (model.logits(images) if isinstance(model, Shipped) else torch.from_numpy(expected)).abs().max().item()
     model.train(training)
+    def decisions(scores): return scores.argmax(1) if not multilabel else scores >= (0.5 if getattr(model, 'activation', '') else 0.0)
     rows = []
     for size in batch_sizes:
         got = np.concatenate([session.run(None, {'images': images[i:i + size].numpy()})[0] for i in range(0, len(images), size)])
-        rows.append({'batch': size, 'images': len(images), 'max_difference': float(np.abs(got - expected).max()), 'scale': scale, 'agreement': float((got.argmax(1) == expected.argmax(1)).mean())})
+        rows.append({'batch': size, 'images': len(images), 'max_difference': float(np.abs(got - expected).max()), 'scale': scale, 'agreement': float((decisions(got) == decisions(expected)).mean())})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/hardware/export.ipynb #af9aeb4a
@@ -243,7 +245,7 @@ def export_run(
     last = meta['activation'] if activation else ''
     if tta != 'none': model, meta['tta'] = TTA(model, tta), tta
     file = export_onnx(model, run.folder/('model.onnx' if tta == 'none' else f'model-{tta}.onnx'), run.data['input_size'], meta, preprocessing=preprocessing, activation=last)
-    comparison = compare(Shipped(model, preprocessing, last), file, run_images(run, table, split, images, preprocessing)).assign(split=split)
+    comparison = compare(Shipped(model, preprocessing, last), file, run_images(run, table, split, images, preprocessing), multilabel=run.multilabel).assign(split=split)
     try: check_export(comparison)
     except DataError: file.unlink(); raise
     return comparison

@@ -404,6 +404,7 @@ def quantize_run(
     "Write the run's model.int8.onnx and int8.csv: what int8 did to each class. Raises ConfigError, DataError, FileNotFoundError, StorageError."
     run = run if isinstance(run, Run) else load_run(run)
     if not run.finished: raise ConfigError(f'the run {run.name} is not finished: train it first, the same command goes on where it stopped')
+    if run.multilabel: raise ConfigError(f'the run {run.name} has several labels an image; what int8 does to these is not judged yet')
     if method not in METHODS: raise ConfigError(f'method is {method!r}: {nearest(method, METHODS)}')
     data = data or run_data(run, progress=False)
     if changes := data_changes(run, data): say(f'the data of {run.name} have changed since it was trained: {"; ".join(changes)}')

@@ -30,9 +30,9 @@ from ..data.longtail import TAILS
 class DataSettings:
     "The name of a run, and its data."
     name: str = ''  # the run's folder under outputs/; by default <data>-<model>-<loss>-<hash>
-    data: str = 'digits'  # a folder, a CSV, a list, or a built-in set: digits, aaai-profile
+    data: str = 'digits'  # a folder, a CSV, a list, or a built-in set: digits, digits-mosaic, aaai-profile
     where: str = ''  # a pandas query over the table's columns that takes a cut
-    columns: dict = field(default_factory=dict)  # CSV columns that are not found by themselves: {'path': …, 'label': …, 'split': …}
+    columns: dict = field(default_factory=dict)  # CSV columns that are not found by themselves: {'path': …, 'label': …, 'split': …}; of several labels an image {'labels': […]} or {'separator': ';'}
     fixes: str = ''  # a CSV of corrections to apply: path, action (accept, relabel, drop), label
     pseudo: str = ''  # a CSV of pseudo-labels, whose images join the training split: path, label
     group: str = ''  # a column whose groups must stay on one side of the split
@@ -89,7 +89,7 @@ class TrainingSettings:
     warmup_epochs: float = 1.0  # of rising learning rate at the beginning
     ema: float = 0.0  # decay of the moving average of the weights, which is then what is judged and kept; 0: none
     clip: float = 0.0  # largest norm of the gradient; 0: no clipping
-    select: str = 'balanced_accuracy'  # which epoch's weights are kept: best balanced_accuracy or accuracy in validation, or last
+    select: str = 'auto'  # which epoch's weights are kept: best balanced_accuracy, accuracy or (several labels an image) mAP in validation, or last; auto: the first that suits the data
     stages: list = field(default_factory=list)  # settings of runs that follow each other, each a dict of what differs; the last keeps the name
     seed: int = 0  # of the weights, the order and the augmentation
     save_every: int = 0  # a checkpoint also after so many steps; 0: after each epoch only
@@ -113,7 +113,7 @@ def describe_settings() -> list:  # of (name, default, meaning), as the source h
 
 # %% ../../nbs/training/config.ipynb #2cd77659
 CHOICES = {'tail': tuple(TAILS), 'tiny_classes': ('train', 'both'), 'bad_images': ('quarantine', 'fail'), 'resize': ('squash', 'crop', 'pad'), 'sampler': ('shuffle', 'class_balanced'), 'freeze': ('', 'backbone'), 'pretrain': ('', 'mae', 'simmim'), 'weight_decay_rule': ('kernels', 'repvgg'),
-           'schedule': ('cosine', 'linear', 'constant'), 'select': ('balanced_accuracy', 'accuracy', 'last'), 'device': ('auto', 'cpu', 'cuda', 'mps'), 'precision': ('fp32', 'bf16', 'fp16')}
+           'schedule': ('cosine', 'linear', 'constant'), 'select': ('auto', 'balanced_accuracy', 'accuracy', 'mAP', 'last'), 'device': ('auto', 'cpu', 'cuda', 'mps'), 'precision': ('fp32', 'bf16', 'fp16')}
 POSITIVE = ('epochs', 'batch_size', 'accumulate', 'lr', 'max_pixels')
 BELOW_ONE = ('val_fraction', 'test_fraction', 'ema')
 
@@ -180,7 +180,7 @@ def check_together(
     check_start(config)
     check_pretraining(config)
     augment_options(config.augment, config.augment_options)
-    loss = make_loss(config.loss, [1, 1], **config.loss_options)
+    loss = make_loss(config.loss, [1, 1], **config.loss_options | ({'prior': None} if 'prior' in config.loss_options else {}))  # a prior may be of a stage that has not run
     make_head(config.head, 2, 2, **config.head_options)
     if config.adjust_tau and loss.adjusted: raise ConfigError(f'adjust_tau={config.adjust_tau} with loss {config.loss!r}, which removes the prior already: adjust in the loss or afterwards, never both')
     if config.val_fraction + config.test_fraction >= 1: raise ConfigError('val_fraction and test_fraction leave nothing to train on')
@@ -217,7 +217,8 @@ def quick_config(
     "The same family, in under a minute. A model whose family has no small stand-in stays as it is."
     if not config.quick: return config
     from aaai_lt.training.stages import is_target
-    builtin = config.data if config.data.split(':')[0] in BUILTIN else 'digits'
+    from aaai_lt.losses.factory import LOSSES
+    builtin = config.data if config.data.split(':')[0] in BUILTIN else 'digits-mosaic' if getattr(LOSSES[config.loss], 'multilabel', False) else 'digits'
     small = next((model for family, model in QUICK_MODELS.items() if config.model.startswith(family)), re.sub(r'^repopt_[a-z]\d', 'repopt_s0', config.model))
     scales = 'initial' if is_target(config.model) and config.scales not in ('none', 'previous') else config.scales
     start = config.start if config.start == 'previous' else ''

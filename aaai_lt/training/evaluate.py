@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['latest_run', 'set_input_size', 'run_model', 'run_data', 'data_changes', 'plain_name', 'in_classes', 'read_unlabelled',
-           'is_flat', 'other_data', 'predict_together', 'predict_images', 'as_predictions', 'evaluate', 'per_class_of',
-           'predictions_frame', 'evaluation_folder', 'save_evaluation', 'adopt_weights', 'choose_run',
-           'notebook_parameters']
+           'has_no_labels', 'other_data', 'predict_together', 'predict_images', 'as_predictions', 'evaluate',
+           'per_class_of', 'summary_of', 'predictions_frame', 'evaluation_folder', 'save_evaluation', 'adopt_weights',
+           'choose_run', 'notebook_parameters']
 
 # %% ../../nbs/training/evaluate.ipynb #16e23576
 import ast
@@ -26,7 +26,7 @@ from ..data.augment import eval_batch
 from ..data.pixels import build_store
 from ..data.predictions import Predictions, probabilities, save_predictions
 from ..data.scan import scan
-from ..data.table import COLUMN_NAMES, ImageTable, find_archives, inside_folder, is_image_name, read_images
+from ..data.table import SEVERAL, ImageTable, find_archives, find_columns, inside_folder, is_image_name, move_labels, read_images
 from ..losses.factory import LOSSES
 from ..losses.longtail import prior_offset
 from ..models.tta import TTA
@@ -34,7 +34,7 @@ from ..models.zoo import Classifier, load_weights, memory_format
 from .checkpoint import tensor_bytes
 from .config import assigned_names, check_type, make_config, quick_config, read_settings, run_name
 from .loop import train
-from .metrics import confusion_matrix, per_class, summarise
+from .kinds import KINDS
 from .prepare import Data, Split, data_hash, describe_data, model_of, prepare
 from .run import Run, load_run, locked, write_start
 
@@ -101,36 +101,47 @@ def plain_name(name) -> str:
 def in_classes(
     table: ImageTable,
     classes,  # of the run, in order
+    multilabel: bool = False,  # whether the run's images have several labels
 ) -> ImageTable:
-    "The table with its labels as indices into these classes, matched by name (`07` is `7`). Raises DataError for a name that is none of them."
+    "The table with its labels as indices into these classes, matched by name (`07` is `7`); of several labels, those that the table does not speak of are unknown. Raises DataError for a name that is none of them."
+    if table.multilabel != multilabel: raise DataError(f"{table.name} has {KINDS[table.multilabel].words}, and the run's data {KINDS[multilabel].words}. For predictions without a judgement: unlabelled=True")
     position = {plain_name(name): i for i, name in enumerate(classes)}
     unknown = [name for name in table.classes if plain_name(name) not in position]
     if unknown: raise DataError(f'{table.name}: {len(unknown)} of its {len(table.classes)} classes are none of the run\'s, such as {unknown[0]!r}: {nearest(unknown[0], classes)[:200]} For predictions without a judgement: unlabelled=True')
-    labels = np.array([position[plain_name(name)] for name in table.classes])[table.frame.label.to_numpy('int64')]
-    return dataclasses.replace(table.with_frame(table.frame.assign(label=labels)), classes=tuple(classes))
+    at = [position[plain_name(name)] for name in table.classes]
+    table = dataclasses.replace(move_labels(table, at), classes=tuple(classes))
+    if not multilabel or not (silent := tuple(i for i in range(len(classes)) if i not in at)): return table
+    unknown = table.frame['unknown'] if 'unknown' in table.frame else [()] * len(table)
+    return table.with_frame(table.frame.assign(unknown=[tuple(sorted(sets + silent)) for sets in unknown]))
 
 # %% ../../nbs/training/evaluate.ipynb #1fdeae10
 def read_unlabelled(
     data,  # a folder, searched to any depth, or a CSV with a column of paths
     classes=(),  # of the run
-) -> ImageTable:  # every label is -1
-    "Images without labels, all in the split `new`. Raises DataError, FileNotFoundError."
+    multilabel: bool = False,  # whether the run's images have several labels
+) -> ImageTable:  # every label is -1, or unknown
+    "Images without labels, all in the split `new`, with their ids if a CSV has them. Raises DataError, FileNotFoundError."
     path = resolve(data)
     if path.is_dir(): folder, files = path, pd.Series(sorted(p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file() and is_image_name(p.name)), dtype=object)
     else:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-        column = next((c for name in COLUMN_NAMES['path'] for c in rows if str(c).lower().strip() == name), None)
-        if column is None: raise DataError(f'{path.name}: no column of paths: none of {", ".join(COLUMN_NAMES["path"])} among {", ".join(map(str, rows))}')
-        folder, files = path.parent, rows[column].str.strip().str.removeprefix('./').drop_duplicates()
-        if len(files): files = inside_folder(folder, files.reset_index(drop=True))
-    frame = pd.DataFrame({'path': files, 'archive': find_archives(folder, files), 'label': -1, 'split': 'new'})
+        roles = find_columns(rows.columns, needed=('path',))
+        rows, folder = rows.drop_duplicates(roles['path'], ignore_index=True), path.parent
+        files = rows[roles['path']].str.strip().str.removeprefix('./')
+        if len(files): files = inside_folder(folder, files)
+    frame = pd.DataFrame({'path': files, 'archive': find_archives(folder, files), 'label': [()] * len(files) if multilabel else -1, 'split': 'new'})
+    if multilabel: frame['unknown'] = [tuple(range(len(classes)))] * len(frame)
+    if not path.is_dir() and 'id' in roles and rows[roles['id']].is_unique: frame['id'] = rows[roles['id']].str.strip()
     missing = frame.archive.isna()
     if missing.all(): raise DataError(f'{path} holds no images' if path.is_dir() else f'{path.name}: none of its {len(frame)} images exists under {folder} or in the zips there')
-    return ImageTable(frame, tuple(classes), folder, path.stem).with_frame(frame[~missing], [(p, 'new', -1, 'missing', '', 'left out') for p in frame.path[missing]])
+    return ImageTable(frame, tuple(classes), folder, path.stem, multilabel=multilabel).with_frame(frame[~missing], [(p, 'new', -1, 'missing', '', 'left out') for p in frame.path[missing]])
 
 # %% ../../nbs/training/evaluate.ipynb #ff956926
-def is_flat(path: Path) -> bool:
-    "Whether a folder holds images and no folders: images without labels."
+def has_no_labels(path: Path) -> bool:
+    "Whether these are images without labels: a folder of images and no folders, or a CSV that has nothing but their paths, ids and splits."
+    if path.suffix.lower() == '.csv' and path.is_file():
+        columns = pd.read_csv(path, nrows=0, encoding='utf-8-sig').columns
+        return set(columns) <= set(find_columns(columns, needed=()).values()) and 'label' not in find_columns(columns, needed=())
     entries = [e for e in os.scandir(path) if not e.name.startswith('.')] if path.is_dir() else []
     return any(e.is_file() and is_image_name(e.name) for e in entries) and not any(e.is_dir() for e in entries)
 
@@ -144,15 +155,15 @@ def other_data(
 ) -> Data:  # with one split, `new`
     "Images that are not the run's, in the run's classes. Raises DataError, FileNotFoundError, StorageError."
     config, facts, size = run.config, run.data, input_size or run.data['input_size']
-    unlabelled = unlabelled or is_flat(resolve(data))
-    table = read_unlabelled(data, facts['classes']) if unlabelled else in_classes(read_images(data), facts['classes'])
+    unlabelled = unlabelled or has_no_labels(resolve(data))
+    table = read_unlabelled(data, facts['classes'], run.multilabel) if unlabelled else in_classes(read_images(data, columns={k: v for k, v in config.columns.items() if k in SEVERAL}), facts['classes'], run.multilabel)
     there = [name for name in table.frame.split.unique() if name]
     if split and not unlabelled and there:
         if split not in there: raise DataError(f'{table.name} has no split {split!r}: {nearest(split, there)}')
         table = table.with_frame(table.frame[table.frame.split == split])
     table = scan(table.with_frame(table.frame.assign(split='new').drop_duplicates('path')), config.max_pixels, 'quarantine', config.workers, progress)
     store, table = build_store(table, max(config.store_size, size) if config.store_size else size, config.resize, config.max_pixels, None, 'quarantine', config.workers, progress)
-    rows = Split(store.rows(table.frame.path), table.frame.label.to_numpy('int64', copy=True), table.frame.path.to_numpy(object))
+    rows = Split(store.rows(table.frame.path), table.targets('new'), table.ids(table.frame))
     return Data(table, store, {'new': rows}, np.array(facts['class_counts']), {'new': []}, size, data_hash(table))
 
 # %% ../../nbs/training/evaluate.ipynb #bc3e8144
@@ -199,8 +210,8 @@ def as_predictions(
     offset = prior_offset(torch.as_tensor(run.data['class_counts']), config.adjust_tau).numpy()
     adjusted = f'loss {config.loss}' if LOSSES[config.loss].adjusted else f'logit adjustment, tau {config.adjust_tau}' if config.adjust_tau else ''
     file = resolve(weights) if weights else run.folder/'best.safetensors'
-    meta = {'activation': LOSSES[config.loss].activation, 'adjusted': adjusted, 'tta': tta if tta != 'none' else '', 'input_size': data.input_size, 'split': split, 'weights_sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
-    return Predictions(logits - offset, part.ids, data.table.classes, None if (part.labels < 0).any() else part.labels, meta)
+    meta = {'activation': LOSSES[config.loss].activation, 'multilabel': run.multilabel, 'adjusted': adjusted, 'tta': tta if tta != 'none' else '', 'input_size': data.input_size, 'split': split, 'weights_sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
+    return Predictions(logits - offset, part.ids, data.table.classes, None if (part.labels < 0).all() else part.labels, meta)
 
 # %% ../../nbs/training/evaluate.ipynb #6268e21b
 def evaluate(
@@ -233,17 +244,29 @@ def per_class_of(
     "The per-class table of predictions. Nothing of a training split is held out."
     split, classes = predictions.meta['split'], predictions.classes
     blind = classes if split == 'train' else data.not_held_out.get(split, ())
-    return per_class(confusion_matrix(predictions.targets, predictions.scores.argmax(1), len(classes)), classes, data.class_counts, blind)
+    return KINDS[predictions.multilabel].judge(torch.from_numpy(predictions.targets), torch.from_numpy(predictions.scores), classes, data.class_counts, blind)
+
+def summary_of(
+    table: pd.DataFrame,  # from `per_class_of`
+    predictions: Predictions,
+) -> dict:
+    "The table in a few numbers."
+    return KINDS[predictions.multilabel].summarise(table, torch.from_numpy(predictions.targets), torch.from_numpy(predictions.scores))
 
 # %% ../../nbs/training/evaluate.ipynb #14ebef65
 def predictions_frame(
     predictions: Predictions,
 ) -> pd.DataFrame:  # file, predicted, and with targets true and correct; then `p <class>` for each class
     "Predictions as a table for people and spreadsheets: names, and a probability for each class."
-    names, said = np.array(predictions.classes, dtype=object), predictions.scores.argmax(1)
-    frame = {'file': predictions.ids, 'predicted': names[said]}
-    if predictions.targets is not None: frame |= {'true': names[predictions.targets], 'correct': (said == predictions.targets).astype(int)}
-    return pd.concat([pd.DataFrame(frame), pd.DataFrame(probabilities(predictions), columns=[f'p {name}' for name in predictions.classes])], axis=1)
+    names, p, true = np.array(predictions.classes, dtype=object), probabilities(predictions), predictions.targets
+    if predictions.multilabel:
+        def texts(there): return [';'.join(names[row]) for row in there]
+        frame = {'file': predictions.ids, 'predicted': texts(p >= 0.5)}
+        if true is not None: frame |= {'true': texts(true == 1), 'correct': (((p >= 0.5) == (true == 1)) | (true < 0)).all(1).astype(int)}
+    else:
+        frame = {'file': predictions.ids, 'predicted': names[p.argmax(1)]}
+        if true is not None: frame |= {'true': names[true], 'correct': (p.argmax(1) == true).astype(int)}
+    return pd.concat([pd.DataFrame(frame), pd.DataFrame(p, columns=[f'p {name}' for name in predictions.classes])], axis=1)
 
 # %% ../../nbs/training/evaluate.ipynb #1539d864
 def evaluation_folder(
@@ -290,13 +313,14 @@ def adopt_weights(
         write_json(run.folder/'data.json', describe_data(data, model))
         write_file(run.folder/'problems.csv', data.table.problems.to_csv(index=False))
         write_file(run.folder/'best.safetensors', tensor_bytes(model.state_dict()))
-        tables = {}
+        tables, summaries = {}, {}
         for split in ('val', 'test'):
             if split not in data.splits: continue
             save_predictions(predictions := evaluate(run, split, data), run.folder/'predictions'/split)
             tables[split] = per_class_of(predictions, data).assign(split=split)
+            summaries[split] = summary_of(tables[split], predictions)
         if tables: write_file(run.folder/'per_class.csv', pd.concat(tables.values()).to_csv(index=False))
-        write_json(run.folder/'summary.json', {'quick': config.quick, 'best_epoch': None, 'epochs': 0, 'seconds': 0.0} | (facts or {}) | {split: summarise(table) for split, table in tables.items()})
+        write_json(run.folder/'summary.json', {'quick': config.quick, 'best_epoch': None, 'epochs': 0, 'seconds': 0.0} | (facts or {}) | summaries)
     return run
 
 # %% ../../nbs/training/evaluate.ipynb #3dd5c507

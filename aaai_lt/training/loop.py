@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COUNTERS', 'epoch_order', 'epoch_windows', 'layers_of', 'decay_groups', 'make_optimizer', 'make_schedule', 'Trainer',
-           'make_accelerator', 'make_trainer', 'save', 'restore', 'load_batch', 'forward_backward', 'pretrain_backward',
-           'pretrain_validation', 'finish_pretraining', 'check_finite', 'train_step', 'sync_buffers', 'predict',
-           'offset', 'judge', 'interactive', 'run_epoch', 'keep_epoch', 'finish_epoch', 'finish', 'line', 'headline',
-           'start_or_continue', 'train_one', 'train']
+           'make_accelerator', 'make_trainer', 'save', 'restore', 'load_batch', 'gather_rows', 'batch_loss',
+           'forward_backward', 'pretrain_backward', 'pretrain_validation', 'finish_pretraining', 'check_finite',
+           'train_step', 'sync_buffers', 'mean_loss', 'predict', 'offset', 'judge', 'interactive', 'run_epoch',
+           'keep_epoch', 'finish_epoch', 'finish', 'line', 'headline', 'start_or_continue', 'train_one', 'train']
 
 # %% ../../nbs/training/loop.ipynb #2231576b
 import dataclasses
@@ -29,7 +29,6 @@ from tqdm.auto import tqdm
 
 from ..core import ConfigError, DataError, DivergedError, Stopped, StorageError, write_file, write_json
 from ..data.augment import augment_batch, augment_options, draws, eval_batch
-from ..data.longtail import BANDS
 from ..data.predictions import Predictions, save_predictions
 from ..losses.factory import make_loss
 from ..losses.longtail import prior_offset, set_progress
@@ -39,24 +38,25 @@ from ..models.repvgg import custom_l2
 from ..models.zoo import memory_format
 from .checkpoint import checkpoints, load_checkpoint, pack, pack_optimizer, save_checkpoint, tensor_bytes, unpack, unpack_optimizer
 from .config import Config, config_hash, make_config, quick_config
-from .metrics import describe, per_class, summarise
+from .kinds import KINDS, Kind, selected
 from .prepare import Data, Split, build_model, describe_data, prepare
 from .pretrain import pretraining_model
 from .run import Run, locked, run_folder, start_folder, sweep_folder, write_start
-from .stages import begin, stage_configs
+from .stages import begin, find_loss_options, stage_configs
 
 # %% ../../nbs/training/loop.ipynb #9869253c
 def epoch_order(
-    labels: np.ndarray,  # class of each training image, shape (N,)
+    labels: np.ndarray,  # class of each training image, shape (N,); or 1, 0, -1 for each class, shape (N, C)
     sampler: str,  # 'shuffle' | 'class_balanced'
     seed: int,
     epoch: int,
 ) -> np.ndarray:  # int64, shape (N,): indices into the split
-    "The images of one epoch, in order."
+    "The images of one epoch, in order. Balanced, each class is drawn equally often, by way of the images that show it: all of them before one comes again; an image without labels is never drawn."
     random = np.random.default_rng([seed, epoch, 4])
     if sampler == 'shuffle': return random.permutation(len(labels))
-    present, counts = np.unique(labels, return_counts=True)
-    n, by_class = len(labels), np.argsort(labels, kind='stable')
+    classes, images = (labels, np.arange(len(labels))) if labels.ndim == 1 else np.nonzero(labels.T == 1)
+    present, counts = np.unique(classes, return_counts=True)
+    n, by_class = len(labels), images[np.argsort(classes, kind='stable')]
     wanted = np.full(len(present), n // len(present))
     wanted[random.permutation(len(present))[:n % len(present)]] += 1
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -153,6 +153,10 @@ class Trainer:
     skipped: int = 0  # steps in a row that the fp16 scaler left out
 
     @property
+    def kind(self) -> Kind: return KINDS[self.data.table.multilabel]
+    @property
+    def summed(self) -> bool: return getattr(self.loss, 'reduction', 'mean') == 'sum'  # a loss that adds the images up instead of averaging
+    @property
     def judged(self) -> nn.Module: return self.ema.module if self.ema else self.plain  # whose weights are validated and kept
 
 # %% ../../nbs/training/loop.ipynb #f72a7f4a
@@ -182,7 +186,8 @@ def make_trainer(
     if config.pretrain: plain = pretraining_model(plain, config)
     layout = memory_format(plain, accelerator.device)
     plain = plain.to(accelerator.device, memory_format=layout)
-    loss = nn.Identity() if config.pretrain else add_margin(make_loss(config.loss, data.class_counts, **config.loss_options), plain.head, data.class_counts).to(accelerator.device)
+    with accelerator.main_process_first(): loss_options = find_loss_options(config)
+    loss = nn.Identity() if config.pretrain else add_margin(make_loss(config.loss, data.class_counts, len(data.splits['train']), **loss_options), plain.head, data.class_counts).to(accelerator.device)
     optimizer = make_optimizer(plain, config)
     windows = epoch_windows(np.arange(len(data.splits['train'])), config.batch_size, config.accumulate)
     if min(len(indices) for window in windows for _, indices in window) < accelerator.num_processes: raise ConfigError(f'batch_size={config.batch_size} leaves some of the {accelerator.num_processes} processes without an image')
@@ -235,12 +240,38 @@ def load_batch(
     trainer: Trainer,
     split: Split,
     indices: np.ndarray,  # into the split
-) -> tuple:  # (uint8 pixels, int64 labels) on the device
+) -> tuple:  # (uint8 pixels, labels: int64, or float of 1, 0, -1) on the device
     "One batch as bytes. Page-locked on the way to a GPU, so that the copy and the computation overlap."
     pixels, labels = torch.from_numpy(trainer.data.store[split.rows[indices]]), torch.from_numpy(split.labels[indices])
     device = trainer.accelerator.device
-    if device.type != 'cuda': return pixels.to(device), labels.to(device)
-    return pixels.pin_memory().to(device, non_blocking=True), labels.pin_memory().to(device, non_blocking=True)
+    if device.type != 'cuda': pixels, labels = pixels.to(device), labels.to(device)
+    else: pixels, labels = pixels.pin_memory().to(device, non_blocking=True), labels.pin_memory().to(device, non_blocking=True)
+    return pixels, labels if labels.ndim == 1 else labels.float()
+
+# %% ../../nbs/training/loop.ipynb #586f8631
+def gather_rows(
+    trainer: Trainer,
+    own: Tensor,  # rows of this process, shape (its images, classes)
+    images: int,  # in the whole batch
+) -> Tensor:  # shape (images, classes): the rows of all processes, in their order
+    "One batch from its parts. Gradients flow into the own rows only."
+    world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    sizes = [images // world + (r < images % world) for r in range(world)]
+    padded = torch.nn.functional.pad(own.detach(), (0, 0, 0, sizes[0] - len(own)))  # parts must be equally long to travel
+    parts = trainer.accelerator.gather(padded).split(sizes[0])
+    return torch.cat([own if r == rank else part[:size] for r, (part, size) in enumerate(zip(parts, sizes))])
+
+def batch_loss(
+    trainer: Trainer,
+    logits: Tensor,  # of this process
+    targets: Tensor,
+    images: int,  # in the whole batch
+) -> Tensor:
+    "This process's part of a batch's loss: over all processes values and gradients add up to those of the whole batch."
+    world = trainer.accelerator.num_processes
+    if world == 1 or not getattr(trainer.loss, 'coupled', False): return trainer.loss(logits, targets) * (1.0 if trainer.summed else len(logits) / images)
+    loss = trainer.loss(gather_rows(trainer, logits, images), gather_rows(trainer, targets.float(), images))
+    return loss - loss.detach() * (1 - 1 / world)  # the value is shared out; the gradient is that of the own rows already
 
 # %% ../../nbs/training/loop.ipynb #d39528e6
 def forward_backward(
@@ -257,11 +288,11 @@ def forward_backward(
     u = draws(trainer.config.seed, trainer.epoch, first + mine).to(pixels.device)
     images, targets = augment_batch(pixels, labels, u, trainer.options, trainer.data.input_size, trainer.mean, trainer.std, len(trainer.data.class_counts))
     with trainer.accelerator.autocast(): logits = trainer.model(images.contiguous(memory_format=trainer.layout))
-    loss, config = trainer.loss(logits, targets), trainer.config
-    penalty = config.weight_decay / 2 * custom_l2(trainer.plain) if config.weight_decay_rule == 'repvgg' else 0.0
-    trainer.accelerator.backward((loss + penalty) * (share * len(mine) * world / len(indices)))
-    detached = loss.detach().double()
-    return torch.stack([detached * len(mine), (logits.detach().argmax(1) == labels).sum().double(), torch.tensor(float(len(mine)), device=detached.device, dtype=torch.float64)])
+    loss, config = batch_loss(trainer, logits, targets, len(indices)), trainer.config
+    penalty = config.weight_decay / 2 * custom_l2(trainer.plain) * (share * len(mine) / len(indices)) if config.weight_decay_rule == 'repvgg' else 0.0
+    trainer.accelerator.backward((loss * (1.0 if trainer.summed else share) + penalty) * world)
+    detached = loss.detach().double() * (1 if trainer.summed else len(indices))
+    return torch.stack([detached, trainer.kind.right(logits.detach(), labels).double(), torch.tensor(float(len(mine)), device=detached.device, dtype=torch.float64)])
 
 # %% ../../nbs/training/loop.ipynb #903826d0
 def pretrain_backward(
@@ -357,6 +388,19 @@ def sync_buffers(model: nn.Module) -> None:
     "Running statistics as the first process has them; each has seen other batches."
     for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)
 
+def mean_loss(
+    trainer: Trainer,
+    logits: Tensor,  # of a whole split
+    split: Split,
+    batch: int,  # images at a time: the same batches for any number of processes
+) -> float:
+    "Loss per image of a split."
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for a in range(0, len(split), batch):
+        labels = torch.from_numpy(split.labels[a:a + batch]).to(logits.device)
+        total += trainer.loss(logits[a:a + batch], labels if labels.ndim == 1 else labels.float()).double() * (1 if trainer.summed else len(labels))
+    return float(total / len(split))
+
 @torch.no_grad()
 def predict(
     trainer: Trainer,
@@ -369,16 +413,16 @@ def predict(
     if accelerator.num_processes > 1: sync_buffers(model)
     parts = np.array_split(np.arange(len(split)), accelerator.num_processes)
     mine = parts[accelerator.process_index]
-    logits, total = torch.zeros(len(parts[0]), len(trainer.data.class_counts), device=accelerator.device), torch.zeros(1, dtype=torch.float64, device=accelerator.device)
+    logits = torch.zeros(len(parts[0]), len(trainer.data.class_counts), device=accelerator.device)
     for a in range(0, len(mine), batch):
-        pixels, labels = load_batch(trainer, split, mine[a:a + batch])
+        pixels, _ = load_batch(trainer, split, mine[a:a + batch])
         images = eval_batch(pixels, trainer.data.input_size, trainer.mean, trainer.std)
-        with accelerator.autocast(): out = model(images.contiguous(memory_format=trainer.layout)).float()
-        total += trainer.loss(out, labels).double() * len(labels)
-        logits[a:a + len(labels)] = out
-    model.train(); trainer.loss.train()
+        with accelerator.autocast(): logits[a:a + len(pixels)] = model(images.contiguous(memory_format=trainer.layout)).float()
     gathered = accelerator.gather(logits).split(len(parts[0]))
-    return torch.cat([g[:len(p)] for g, p in zip(gathered, parts)]), float(accelerator.reduce(total) / len(split))
+    logits = torch.cat([g[:len(p)] for g, p in zip(gathered, parts)])
+    loss = mean_loss(trainer, logits, split, batch)
+    model.train(); trainer.loss.train()
+    return logits, loss
 
 # %% ../../nbs/training/loop.ipynb #3cba220e
 def offset(trainer: Trainer) -> Tensor:  # shape (classes,)
@@ -389,12 +433,12 @@ def judge(
     trainer: Trainer,
     logits: Tensor,  # from `predict`
     name: str,  # of the split
-) -> pd.DataFrame:
-    "The per-class table of a split."
-    split, classes = trainer.data.splits[name], trainer.data.table.classes
-    labels = torch.from_numpy(split.labels).to(logits.device)
-    confusion = torch.bincount(labels * len(classes) + (logits - offset(trainer)).argmax(1), minlength=len(classes) ** 2).view(len(classes), -1)
-    return per_class(confusion.cpu().numpy(), classes, trainer.data.class_counts, trainer.data.not_held_out.get(name, ()))
+) -> tuple:  # (frame, dict)
+    "The per-class table of a split, and its summary."
+    data, kind = trainer.data, trainer.kind
+    labels, logits = torch.from_numpy(data.splits[name].labels).to(logits.device), logits - offset(trainer)
+    table = kind.judge(labels, logits, data.table.classes, data.class_counts, data.not_held_out.get(name, ()))
+    return table, kind.summarise(table, labels, logits)
 
 # %% ../../nbs/training/loop.ipynb #5c5f0aaf
 def interactive() -> bool:
@@ -441,12 +485,14 @@ def finish_epoch(trainer: Trainer) -> None:
     elif 'val' in trainer.data.splits:
         logits, val_loss = predict(trainer, trainer.judged, trainer.data.splits['val'])
         if not np.isfinite(val_loss): raise DivergedError(f'the loss in validation is not finite after epoch {trainer.epoch + 1}')
-        summary = summarise(judge(trainer, logits, 'val'))
-        row |= {'val_loss': val_loss, **{f'val_{k}': summary[k] for k in ('accuracy', 'balanced_accuracy', *BANDS)}}
+        _, summary = judge(trainer, logits, 'val')
+        row |= {'val_loss': val_loss, **{f'val_{k}': summary[k] for k in trainer.kind.history}}
     trainer.epoch, trainer.totals = trainer.epoch + 1, [0.0, 0.0, 0]
     trainer.history.append(row | {'seconds': round(trainer.seconds, 2)})
-    value = row['epoch'] if config.select == 'last' else row[f'val_{config.select}']
-    better = trainer.epoch == config.epochs if config.select == 'last' else value > trainer.best.get('value', -1)
+    select = selected(config, trainer.data.table.multilabel)
+    value = row['epoch'] if select == 'last' else row[f'val_{select}']
+    if value is None: raise DataError(f"{select} cannot be told: validation shows none of the classes. Give it images that do, or set select='last'")
+    better = trainer.epoch == config.epochs if select == 'last' else value > trainer.best.get('value', -1)
     if better: trainer.best = {'epoch': trainer.epoch, 'value': value}
     if not trainer.accelerator.is_main_process: return
     if better: write_file(trainer.folder/'best.safetensors', tensor_bytes(trainer.judged.state_dict()))
@@ -471,11 +517,10 @@ def finish(
         if name not in trainer.data.splits: continue
         logits, _ = predict(trainer, trainer.plain, trainer.data.splits[name])
         if not trainer.accelerator.is_main_process: continue
-        table, split = judge(trainer, logits, name), trainer.data.splits[name]
-        meta = {'activation': trainer.loss.activation, 'adjusted': prior, 'input_size': trainer.data.input_size, 'split': name, 'weights_sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
+        (table, summary[name]), split = judge(trainer, logits, name), trainer.data.splits[name]
+        meta = {'activation': trainer.loss.activation, 'multilabel': trainer.data.table.multilabel, 'adjusted': prior, 'input_size': trainer.data.input_size, 'split': name, 'weights_sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
         save_predictions(Predictions((logits - offset(trainer)).cpu().numpy(), split.ids, trainer.data.table.classes, split.labels, meta), trainer.folder/'predictions'/name)
         tables.append(table.assign(split=name))
-        summary[name] = summarise(table)
     if not trainer.accelerator.is_main_process: return
     if tables: write_file(trainer.folder/'per_class.csv', pd.concat(tables).to_csv(index=False))
     write_json(trainer.folder/'summary.json', summary)
@@ -483,8 +528,9 @@ def finish(
 # %% ../../nbs/training/loop.ipynb #acde41d6
 def line(row: dict) -> str:
     "One epoch in one line."
-    val = f", val balanced accuracy {row['val_balanced_accuracy']:.2%}, accuracy {row['val_accuracy']:.2%}" if row.get('val_balanced_accuracy') is not None else f", val loss {row['val_loss']:.4f}" if 'val_loss' in row else ''
-    return f"epoch {row['epoch']:3}  loss {row['train_loss']:.4f}{val}  ({row['seconds']:.0f} s)"
+    names = {'val_balanced_accuracy': 'balanced accuracy', 'val_accuracy': 'accuracy', 'val_mAP': 'mAP', 'val_OF1': 'OF1'}
+    val = ', '.join(f'{text} {row[key]:.2%}' for key, text in names.items() if row.get(key) is not None) or (f"loss {row['val_loss']:.4f}" if row.get('val_loss') is not None else '')
+    return f"epoch {row['epoch']:3}  loss {row['train_loss']:.4f}{', val ' + val if val else ''}  ({row['seconds']:.0f} s)"
 
 # %% ../../nbs/training/loop.ipynb #098821ed
 def headline(run: Run) -> str:
@@ -492,7 +538,7 @@ def headline(run: Run) -> str:
     summary = run.summary
     if 'pretrain' in summary: return f"{'quick run, figures mean nothing; ' if summary['quick'] else ''}{summary['pretrain']}: error of what was hidden {', '.join(f'{summary[name]:.4f} in {word}' for name, word in (('train_loss', 'training'), ('val_loss', 'validation')) if name in summary)}"
     split = 'test' if 'test' in summary else 'val' if 'val' in summary else None
-    return ('quick run, figures mean nothing; ' if summary['quick'] else '') + (f'{split}: {describe(summary[split])}' if split else 'no held-out images')
+    return ('quick run, figures mean nothing; ' if summary['quick'] else '') + (f'{split}: {KINDS["mAP" in summary[split]].describe(summary[split])}' if split else 'no held-out images')
 
 # %% ../../nbs/training/loop.ipynb #29266c3d
 def start_or_continue(
@@ -508,7 +554,8 @@ def start_or_continue(
     write_json(folder/'data.json', describe_data(data, trainer.plain))
     write_file(folder/'problems.csv', data.table.problems.to_csv(index=False))
     if there: say(f'continuing {folder.name} at step {trainer.step}, epoch {min(trainer.epoch + 1, config.epochs)} of {config.epochs}')
-    else: say(f"training {folder.name}: {len(data.splits['train']):,} images, {len(data.class_counts)} classes, {data.input_size} px, on {trainer.accelerator.device}")
+    else: say(f"training {folder.name}: {len(data.splits['train']):,} images, {len(data.class_counts)} classes{f', {trainer.kind.words}' if data.table.multilabel else ''}, {data.input_size} px, on {trainer.accelerator.device}")
+    if empty := [name for name, count in zip(data.table.classes, data.class_counts) if not count]: say(f'no training image shows {", ".join(empty[:10])}{", …" if len(empty) > 10 else ""}: nothing can be learnt of {"them" if len(empty) > 1 else "it"}')
 
 
 # %% ../../nbs/training/loop.ipynb #78e8fcf8

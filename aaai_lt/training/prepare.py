@@ -23,6 +23,7 @@ from ..data.split import not_held_out, split_table
 from ..data.table import ImageTable, cut, read_images
 from ..models.zoo import Classifier, make_model
 from .config import Config, make_config
+from .kinds import check_kind, selected
 
 # %% ../../nbs/training/prepare.ipynb #f4ba9f4f
 def images_alone(
@@ -71,7 +72,7 @@ def data_hash(
     table: ImageTable,
 ) -> str:
     "16 hex digits of the classes, and of every image's content, label and split."
-    frame = table.frame[['path', 'sha1', 'label', 'split']]
+    frame = table.frame[['path', 'sha1', 'label', 'split', *(['unknown'] if 'unknown' in table.frame else [])]]
     text = '\n'.join(table.classes) + '\n' + frame.to_csv(index=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -93,8 +94,8 @@ def choose_input_size(
 class Split:
     "One split, ready for training: where its pixels are, and what they show."
     rows: np.ndarray  # into the store, int64, shape (N,)
-    labels: np.ndarray  # int64, shape (N,)
-    ids: np.ndarray  # paths, shape (N,)
+    labels: np.ndarray  # int64, shape (N,); of several labels int8, shape (N, classes): 1, 0, -1 = unknown
+    ids: np.ndarray  # paths, or the data's own ids, shape (N,)
     def __len__(self): return len(self.rows)
 
 # %% ../../nbs/training/prepare.ipynb #2ef8e14f
@@ -114,16 +115,17 @@ def prepare(
     config: Config,
     progress: bool = True,
 ) -> Data:
-    "Read, look, split, decode. Raises DataError, ConfigError, StorageError, FileNotFoundError."
+    "Read, look, split, decode, if the settings are for such data. Raises DataError, ConfigError, StorageError, FileNotFoundError."
     table = make_table(config, progress)
+    check_kind(config, table)
     size = choose_input_size(config, table)
     store, table = build_store(table, config.store_size or size, config.resize, config.max_pixels, None, config.bad_images, config.workers, progress)
     splits = {}
     for name in ('train', 'val', 'test'):
         part = table.split(name)
-        if len(part): splits[name] = Split(store.rows(part.path), part.label.to_numpy('int64', copy=True), part.path.to_numpy(object))
+        if len(part): splits[name] = Split(store.rows(part.path), table.targets(name), table.ids(part))
     if 'train' not in splits: raise DataError(f'{table.name} has no training images')
-    if 'val' not in splits and config.select != 'last': raise DataError(f"no class of {table.name} is large enough for a validation image (val_fraction={config.val_fraction}): raise val_fraction, set tiny_classes='both', or set select='last' to do without")
+    if 'val' not in splits and selected(config, table.multilabel) != 'last': raise DataError(f"no class of {table.name} is large enough for a validation image (val_fraction={config.val_fraction}): raise val_fraction, set tiny_classes='both', or set select='last' to do without")
     blind = {name: not_held_out(table, name) for name in splits if name != 'train'}
     return Data(table, store, splits, table.counts('train'), blind, size, data_hash(table))
 
@@ -134,7 +136,7 @@ def describe_data(
 ) -> dict:
     "What later steps need to know about a run's data; written as data.json."
     return {'name': data.table.name, 'classes': list(data.table.classes), 'class_counts': data.class_counts.tolist(), 'splits': {n: len(s) for n, s in data.splits.items()},
-        'not_held_out': data.not_held_out, 'hash': data.hash, 'input_size': data.input_size, 'store_size': data.store.pixels.shape[1],
+        'not_held_out': data.not_held_out, 'hash': data.hash, 'multilabel': data.table.multilabel, 'input_size': data.input_size, 'store_size': data.store.pixels.shape[1],
         'mean': list(model.mean), 'std': list(model.std)}
 
 def model_of(

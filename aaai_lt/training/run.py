@@ -40,6 +40,8 @@ class Run:
     @property
     def data(self) -> dict: return json.loads((self.folder/'data.json').read_text(encoding='utf-8'))
     @property
+    def multilabel(self) -> bool: return self.data.get('multilabel', False)  # several labels on an image
+    @property
     def history(self) -> pd.DataFrame: return pd.read_csv(self.folder/'history.csv')
     @property
     def summary(self) -> dict: return json.loads((self.folder/'summary.json').read_text(encoding='utf-8'))
