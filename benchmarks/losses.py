@@ -42,7 +42,7 @@ def seconds(loss, target):
     return clock() - began
 
 
-losses = {name: make_loss(name, counts).to(device) for name in LOSSES}
+losses = {name: make_loss(name, counts).to(device) for name in LOSSES if not getattr(LOSSES[name], 'multilabel', False)}
 losses['arcface + cross_entropy'] = MarginLoss(make_loss('cross_entropy', counts), adaptive_margins(counts)).to(device)
 losses['arcface + soft_eql'] = MarginLoss(make_loss('soft_eql', counts), adaptive_margins(counts)).to(device)
 plain, rows = make_loss('cross_entropy', counts).to(device), []

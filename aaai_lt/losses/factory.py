@@ -15,6 +15,7 @@ from ..core import ConfigError, check_options, nearest
 from .equalization import EQL, EQLv2, Seesaw, SoftEQL
 from .longtail import BalancedSoftmax, ClassBalanced, CrossEntropy, Focal, LabelAwareSmoothing, LogitAdjustment
 from .margins import LDAM
+from .multilabel import ASL, BCE, ZLPR, BinaryFocal, DistributionBalanced, Hill, PartialASL, TwoWay
 from .noisy import GCE, SymmetricCE
 
 # %% ../../nbs/losses/factory.ipynb #bf6283c7
@@ -32,15 +33,26 @@ LOSSES = {
     'seesaw': Seesaw,
     'gce': GCE,
     'symmetric': SymmetricCE,
+    'bce': BCE,
+    'binary_focal': BinaryFocal,
+    'asl': ASL,
+    'partial_asl': PartialASL,
+    'zlpr': ZLPR,
+    'two_way': TwoWay,
+    'distribution_balanced': DistributionBalanced,
+    'hill': Hill,
 }
 
 # %% ../../nbs/losses/factory.ipynb #519fe64c
 def make_loss(
     name: str,  # of LOSSES
     class_counts,  # training images of each class, shape (classes,)
+    images: int = None,  # training images in all, for a loss that asks
     **options,  # of that loss
 ) -> nn.Module:  # loss(logits, target) -> scalar
     "A loss by name. Raises ConfigError for an unknown name or option, or a value it cannot use."
     if name not in LOSSES: raise ConfigError(f'loss is {name!r}: {nearest(name, LOSSES)}')
-    check_options(f'loss_options: {name}', LOSSES[name], options, ('class_counts',))
-    return LOSSES[name](torch.as_tensor(class_counts), **options)
+    kind = LOSSES[name]
+    if images and 'images' in inspect.signature(kind).parameters: options = {'images': images} | options
+    check_options(f'loss_options: {name}', kind, {n: v for n, v in options.items() if n not in getattr(kind, 'own_options', ())}, ('class_counts',))
+    return kind(torch.as_tensor(class_counts), **options)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import ConfigError
 from .longtail import ClassBalanced, widen
 
 # %% ../../nbs/losses/margins.ipynb #21082377
@@ -103,6 +104,7 @@ def add_margin(
     "The loss for a head: with its margin, or as it is if the head asks for none. LDAM is told the head's scale, unless it was given one."
     if isinstance(loss, LDAM) and loss.scale is None: loss.scale = getattr(head, 'scale', 1.0)
     if not hasattr(head, 'margin'): return loss
+    if getattr(loss, 'multilabel', False): raise ConfigError('a head with a margin is for one label an image: with a loss over several labels use another head')
     counts = torch.as_tensor(class_counts)
     margins = adaptive_margins(counts) if head.margin == 'adaptive' else torch.full((len(counts),), float(head.margin))
     return MarginLoss(loss, margins, head.scale, head.easy_margin, head.smoothing)

@@ -43,20 +43,21 @@ from .metrics import describe, per_class, summarise
 from .prepare import Data, Split, build_model, describe_data, prepare
 from .pretrain import pretraining_model
 from .run import Run, locked, run_folder, start_folder, sweep_folder, write_start
-from .stages import begin, stage_configs
+from .stages import begin, find_loss_options, stage_configs
 
 # %% ../../nbs/training/loop.ipynb #9869253c
 def epoch_order(
-    labels: np.ndarray,  # class of each training image, shape (N,)
+    labels: np.ndarray,  # class of each training image, shape (N,); or 1, 0, -1 for each class, shape (N, C)
     sampler: str,  # 'shuffle' | 'class_balanced'
     seed: int,
     epoch: int,
 ) -> np.ndarray:  # int64, shape (N,): indices into the split
-    "The images of one epoch, in order."
+    "The images of one epoch, in order. Balanced, each class is drawn equally often, by way of the images that show it: all of them before one comes again; an image without labels is never drawn."
     random = np.random.default_rng([seed, epoch, 4])
     if sampler == 'shuffle': return random.permutation(len(labels))
-    present, counts = np.unique(labels, return_counts=True)
-    n, by_class = len(labels), np.argsort(labels, kind='stable')
+    classes, images = (labels, np.arange(len(labels))) if labels.ndim == 1 else np.nonzero(labels.T == 1)
+    present, counts = np.unique(classes, return_counts=True)
+    n, by_class = len(labels), images[np.argsort(classes, kind='stable')]
     wanted = np.full(len(present), n // len(present))
     wanted[random.permutation(len(present))[:n % len(present)]] += 1
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -182,7 +183,8 @@ def make_trainer(
     if config.pretrain: plain = pretraining_model(plain, config)
     layout = memory_format(plain, accelerator.device)
     plain = plain.to(accelerator.device, memory_format=layout)
-    loss = nn.Identity() if config.pretrain else add_margin(make_loss(config.loss, data.class_counts, **config.loss_options), plain.head, data.class_counts).to(accelerator.device)
+    with accelerator.main_process_first(): loss_options = find_loss_options(config)
+    loss = nn.Identity() if config.pretrain else add_margin(make_loss(config.loss, data.class_counts, len(data.splits['train']), **loss_options), plain.head, data.class_counts).to(accelerator.device)
     optimizer = make_optimizer(plain, config)
     windows = epoch_windows(np.arange(len(data.splits['train'])), config.batch_size, config.accumulate)
     if min(len(indices) for window in windows for _, indices in window) < accelerator.num_processes: raise ConfigError(f'batch_size={config.batch_size} leaves some of the {accelerator.num_processes} processes without an image')
