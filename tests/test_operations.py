@@ -9,8 +9,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from aaai_lt.core import ConfigError
-from aaai_lt.data.augment import augment_batch, augment_options, draws
-from aaai_lt.data.operations import AUTOAUGMENT, COLOURS, MATRICES, MOST_OPS, NAMES, POLICIES, RANGES, RAUG15, apply_policy, cutout, plan, sample_affine, strengths
+from aaai_lt.data.augment import augment_batch, augment_options, draws, erase
+from aaai_lt.data.operations import AUTOAUGMENT, COLOURS, INCREASING, MATRICES, MOST_OPS, NAMES, POLICIES, RANGES, RAUG15, apply_policy, cutout, plan, sample_affine, strengths
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 SEEDS, SIZES = st.integers(0, 2 ** 31), st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -146,7 +146,46 @@ def test_raug15_draws():
     assert strength[names == 'solarize'].min() == 0 and strength[names == 'cutout'].max() == 56
 
 
-@pytest.mark.parametrize('policy, num_ops', [('randaugment', 9), ('autoaugment', 2), ('raug15', 2), ('raug15', MOST_OPS)])
+def test_increasing_is_timms():
+    "Kinds and strengths of timm's rand-m9-mstd0.5-inc1, by its own functions from a level to a strength."
+    from timm.data import auto_augment as theirs
+    names = {'autocontrast': 'AutoContrast', 'equalize': 'Equalize', 'invert': 'Invert', 'rotate': 'Rotate', 'posterize': 'PosterizeIncreasing', 'solarize': 'SolarizeIncreasing', 'solarize_add': 'SolarizeAdd', 'color': 'ColorIncreasing', 'contrast': 'ContrastIncreasing',
+             'brightness': 'BrightnessIncreasing', 'sharpness': 'SharpnessIncreasing', 'shear_x': 'ShearX', 'shear_y': 'ShearY', 'translate_x': 'TranslateXRel', 'translate_y': 'TranslateYRel'}
+    assert set(names) == set(INCREASING) and set(names.values()) == set(theirs._RAND_INCREASING_TRANSFORMS)
+    for level in (0.0, 2.6, 7.77, 8.5, 9.0, 9.31, 10.0):
+        for name, other in names.items():
+            value = strengths(INCREASING, np.array([[NAMES.index(name)]]), np.array([[level / 10]]), np.array([[False]]), np.ceil)[0, 0]
+            function = theirs.LEVEL_TO_ARG[other]
+            expected = abs(function(level, {})[0] - (1.0 if name in ('color', 'contrast', 'brightness', 'sharpness') else 0.0)) if function else 0.0
+            if name in ('solarize', 'solarize_add'): assert np.floor(value) == expected or np.ceil(value) == expected  # theirs is cut to whole numbers, a comparison of bytes does not see it
+            else: assert np.isclose(value, expected, atol=1e-12), (name, level)
+    which, strength = plan(draws(0, 0, range(20000), 64).numpy(), 'increasing', 2, 9)
+    assert abs((which == NAMES.index('identity')).mean() - 0.5) < 0.01
+    turned = abs(strength[which == NAMES.index('rotate')]) / 3
+    assert abs(np.median(turned) - 9) < 0.05 and turned.max() == 10 and 0.015 < (turned == 10).mean() < 0.031  # one of 44 normal draws lies two deviations above
+
+
+@pytest.mark.parametrize('name', ['accv_vit', 'accv_swin'])
+def test_accv_presets(name):
+    "The same for the same draw; without the noise, whole bytes between black and white; only one of them crops."
+    images, u, options = pictures(3, 16, (24, 24)).permute(0, 2, 3, 1), draws(5, 2, range(16)), augment_options(name)
+    def made(**changes): return augment_batch(images, torch.zeros(16, dtype=torch.long), u, options | changes, 24, MEAN, STD, 2)[0]
+    assert made().shape == (16, 3, 24, 24) and torch.equal(made(), made()) and not torch.equal(made(), made(erase=0.0))
+    values = 255 * (made(erase=0.0) * STD[:, None, None] + MEAN[:, None, None])
+    assert values.min() > -0.01 and values.max() < 255.01 and (values - values.round()).abs().max() < 0.01
+    assert torch.equal(made(erase=0.0, policy='', hflip=0.0), made(erase=0.0, policy='', hflip=0.0, scale=[1.0, 1.0], ratio=[1.0, 1.0])) == (name == 'accv_swin')
+
+
+def test_erasing_with_noise():
+    "Boxes as large and as many as with the mean colour, filled with noise of deviation 1; everything else as it was."
+    u, images = draws(0, 0, range(600)), torch.full((600, 3, 32, 32), 7.0)
+    plain, noisy = erase(images.clone(), u, 0.25), erase(images.clone(), u, 0.25, noise=1.0)
+    assert torch.equal(plain == 0, noisy != 7) and abs((noisy != 7).any(1).any(1).any(1).float().mean() - 0.25) < 0.06
+    assert abs(noisy[noisy != 7].mean()) < 0.02 and abs(noisy[noisy != 7].std() - 1) < 0.02
+    assert torch.equal(erase(images[40:60].clone(), u[40:60], 0.25, noise=1.0), noisy[40:60])  # alone or in company
+
+
+@pytest.mark.parametrize('policy, num_ops', [('randaugment', 9), ('autoaugment', 2), ('raug15', 2), ('raug15', MOST_OPS), ('increasing', 2)])
 @given(seed=SEEDS, count=st.integers(1, 7), size=SIZES)
 def test_an_image_does_not_depend_on_its_batch(policy, num_ops, seed, count, size):
     images, u, before = (made := pictures(seed, count, size)), draws(seed, 1, range(count))[:, 26:], made.clone()

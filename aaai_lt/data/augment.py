@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'AUGMENT', 'GREY', 'splitmix', 'draws', 'augment_options', 'affine', 'warp', 'resize', 'flipped', 'colour',
-           'normalise', 'box', 'erase', 'mix', 'operate', 'augment_batch', 'eval_batch']
+           'normalise', 'box', 'scramble', 'pixel_noise', 'erase', 'mix', 'operate', 'augment_batch', 'eval_batch']
 
 # %% ../../nbs/data/augment.ipynb #4001c547
 import numpy as np
@@ -41,7 +41,7 @@ def draws(
 
 # %% ../../nbs/data/augment.ipynb #e9cfd8ef
 OPTIONS = {'scale': [1.0, 1.0], 'ratio': [1.0, 1.0], 'rotate': 0.0, 'shear': 0.0, 'hflip': 0.0, 'vflip': 0.0,
-           'brightness': 0.0, 'contrast': 0.0, 'saturation': 0.0, 'erase': 0.0, 'mixup': 0.0, 'cutmix': 0.0,
+           'brightness': 0.0, 'contrast': 0.0, 'saturation': 0.0, 'erase': 0.0, 'erase_noise': 0.0, 'mixup': 0.0, 'cutmix': 0.0,
            'cutout': 0.0, 'policy': '', 'num_ops': 2, 'magnitude': 9.0}
 AUGMENT = {
     'none': {},
@@ -50,6 +50,8 @@ AUGMENT = {
     'repvgg_weak': {'scale': [0.08, 1.0], 'ratio': [3 / 4, 4 / 3], 'hflip': 0.5},
     'repvgg_raug15': {'scale': [0.08, 1.0], 'ratio': [3 / 4, 4 / 3], 'hflip': 0.5, 'policy': 'raug15', 'num_ops': 2},
     'aicoss_weak': {'cutout': 0.5, 'policy': 'randaugment', 'num_ops': 9, 'magnitude': 9.0},
+    'accv_vit': {'scale': [0.08, 1.0], 'ratio': [3 / 4, 4 / 3], 'hflip': 0.5, 'policy': 'increasing', 'num_ops': 2, 'magnitude': 9.0, 'erase': 0.25, 'erase_noise': 1.0},
+    'accv_swin': {'hflip': 0.5, 'policy': 'increasing', 'num_ops': 2, 'magnitude': 9.0, 'erase': 0.25, 'erase_noise': 1.0},
     'aicoss_strong': {'hflip': 0.5, 'vflip': 0.5, 'cutout': 0.5, 'policy': 'autoaugment'},
 }
 
@@ -165,15 +167,37 @@ def box(
     at = (torch.arange(size, device=u.device) + 0.5) / size
     return (((at - x[:, None]).abs() <= half_w[:, None])[:, None, None, :] & ((at - y[:, None]).abs() <= half_h[:, None])[:, None, :, None])
 
+# %% ../../nbs/data/augment.ipynb #7b4bc41c
+def scramble(
+    x: Tensor,  # int64 in [0, 2³²)
+) -> Tensor:  # the same
+    "A 32-bit integer hash: multiply and fold, twice."
+    for _ in range(2): x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+def pixel_noise(
+    u: Tensor,  # draws, shape (B, 2): the noise of each image
+    shape: tuple,  # of an image
+) -> Tensor:  # float32, shape (B, *shape): Gaussian, mean 0, deviation 1
+    "Noise for each pixel and colour."
+    key = (u.double() * 2 ** 24).long()
+    start = scramble(scramble(key[:, 0]) ^ key[:, 1])
+    mixed = scramble(start[:, None] ^ scramble(torch.arange(int(np.prod(shape)), device=u.device)))
+    return (torch.erfinv((mixed.double() + 0.5) / 2 ** 31 - 1) * 2 ** 0.5).float().view(-1, *shape)
+
 # %% ../../nbs/data/augment.ipynb #686b0c1a
 def erase(
     images: Tensor,  # normalised, shape (B, 3, H, H)
     u: Tensor,  # draws, columns 11 to 15 are used
     probability: float,
+    noise: float = 0.0,  # deviation of Gaussian noise in the box; 0: the mean colour
 ) -> Tensor:
-    "Random erasing (Zhong et al. 2017, 1708.04896): 2 to 33 % of the area becomes the mean colour."
+    "Random erasing (Zhong et al. 2017, 1708.04896): 2 to 33 % of the area becomes the mean colour, or noise around it."
     mask = box(u[:, 13:16], 0.02 + 0.31 * u[:, 12], images.shape[-1]) & (u[:, 11] < probability)[:, None, None, None]
-    return images.masked_fill_(mask, 0)
+    if not noise: return images.masked_fill_(mask, 0)
+    rows = torch.nonzero(u[:, 11] < probability)[:, 0]
+    images[rows] = torch.where(mask[rows], noise * pixel_noise(u[rows, 11:13], images.shape[1:]), images[rows])
+    return images
 
 # %% ../../nbs/data/augment.ipynb #2afd3f35
 def mix(
@@ -224,7 +248,7 @@ def augment_batch(
     if options['cutout'] or options['policy']: images = operate(images, u, options)
     jitter = options['brightness'] or options['contrast'] or options['saturation']
     images = colour(images, u, options, mean, std) if jitter else normalise(images, mean, std)
-    if options['erase']: images = erase(images, u, options['erase'])
+    if options['erase']: images = erase(images, u, options['erase'], options['erase_noise'])
     if options['mixup'] or options['cutmix']:
         targets = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets.float()
         images, targets = mix(images, targets, u, options['mixup'], options['cutmix'])
