@@ -14,6 +14,9 @@ from aaai_lt.losses.factory import LOSSES, make_loss
 from aaai_lt.losses.margins import add_margin
 from aaai_lt.losses.multilabel import MODES, entry_weights, rebalanced
 from aaai_lt.models.heads import make_head
+from aaai_lt.training.config import make_config
+from aaai_lt.training.loop import epoch_order, train
+from aaai_lt.training.stages import find_loss_options, stage_configs
 
 COUNTS = [500, 60, 9, 0]  # the last class is empty
 EVERY = sorted(name for name in LOSSES if getattr(LOSSES[name], 'multilabel', False))
@@ -261,3 +264,48 @@ def test_prior_does_nothing_where_all_is_known():
     assert len(values) == 1
     equal(values.pop(), (F.binary_cross_entropy_with_logits(logits(), labels().double(), reduction='none') * (labels() - torch.sigmoid(logits())).abs()).mean())
     assert np.isfinite(make_loss('partial_asl', COUNTS, mode='ignore_normalize_classes')(logits(), labels()).item())
+
+
+def test_prior_of_a_run(home):
+    "A stage's prior is the mean sigmoid score of the stage before over its training images, written into that run's folder, once."
+    first, second = stage_configs(make_config(name='two', data='digits', quick=True, epochs=1, stages=[{'loss': 'eqlv2'}, {'loss': 'partial_asl', 'loss_options': {'mode': 'selective', 'prior': 'previous'}}]))
+    assert second.loss_options == {'mode': 'selective', 'prior': 'two-1'}
+    with pytest.raises(ConfigError, match='loss_options: prior'): find_loss_options(second)  # not trained yet
+    run = train(first, say=lambda text: None)
+    options = find_loss_options(second)
+    file = run.folder/'prior.csv'
+    assert options == {'mode': 'selective', 'prior': str(file)}
+    from aaai_lt.training.evaluate import evaluate
+    scores = evaluate(run, 'train').scores.astype('float64')
+    rows = [line.split(',') for line in file.read_text().splitlines()]
+    assert rows[0] == ['Classes', 'avg_pred'] and [r[0] for r in rows[1:]] == run.data['classes']
+    assert np.allclose([float(r[1]) for r in rows[1:]], (1 / (1 + np.exp(-scores))).mean(0), atol=1e-6)
+    made = make_loss('partial_asl', run.data['class_counts'], **options)
+    assert made.common.tolist() == [float(r[1]) > 0.05 for r in rows[1:]]
+    written = file.stat().st_mtime_ns
+    assert find_loss_options(second) == options and file.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize('loss_options, message', [({'prior': 'previous'}, "prior is 'previous', and there is no stage before"), ({'prior': 'nothing-of-this-name'}, 'loss_options: prior')])
+def test_prior_of_no_run(home, loss_options, message):
+    with pytest.raises(ConfigError, match=message): find_loss_options(make_config(loss='partial_asl', loss_options=loss_options))
+
+
+def test_a_prior_is_for_the_loss_that_has_one():
+    with pytest.raises(ConfigError, match="bce has no option 'prior'"): make_config(loss='bce', loss_options={'prior': 'previous'})
+    assert find_loss_options(make_config(loss='partial_asl', loss_options={'prior': [0.5, 0.1]})) == {'prior': [0.5, 0.1]}
+
+
+# -- class-aware sampling
+
+@given(SEEDS)
+def test_class_aware_order(seed):
+    "As many images as there are; each class is drawn equally often, through images that show it, none twice before all came; the same as for one label where there is one."
+    random = np.random.default_rng(seed)
+    several = (random.random((200, 5)) < [.5, .2, .05, .02, 0]).astype('int8')
+    several[:4] = np.eye(5, dtype='int8')[:4]
+    order = epoch_order(several, 'class_balanced', seed, 3)
+    assert len(order) == 200 and several[order].max(1).all() and np.array_equal(order, epoch_order(several, 'class_balanced', seed, 3))
+    assert (several[order].sum(0)[:4] >= 50).all()  # 200 draws for four classes that there are
+    one = random.integers(0, 5, 200)
+    assert np.array_equal(epoch_order(np.eye(5, dtype='int8')[one] * 2 - 1, 'class_balanced', seed, 1), epoch_order(one, 'class_balanced', seed, 1))

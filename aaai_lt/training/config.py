@@ -158,7 +158,7 @@ def check_together(
     if config.optimizer not in list_optimizers(): raise ConfigError(f'optimizer is {config.optimizer!r}: {nearest(config.optimizer, list_optimizers())[:200]}')
     check_start(config)
     augment_options(config.augment, config.augment_options)
-    loss = make_loss(config.loss, [1, 1], **config.loss_options)
+    loss = make_loss(config.loss, [1, 1], **config.loss_options | ({'prior': None} if 'prior' in config.loss_options else {}))  # a prior may be of a stage that has not run
     make_head(config.head, 2, 2, **config.head_options)
     if config.adjust_tau and loss.adjusted: raise ConfigError(f'adjust_tau={config.adjust_tau} with loss {config.loss!r}, which removes the prior already: adjust in the loss or afterwards, never both')
     if config.val_fraction + config.test_fraction >= 1: raise ConfigError('val_fraction and test_fraction leave nothing to train on')

@@ -40,16 +40,16 @@ from .config import Config, config_hash, make_config, quick_config
 from .kinds import KINDS, Kind, selected
 from .prepare import Data, Split, build_model, describe_data, prepare
 from .run import Run, locked, run_folder, start_folder, sweep_folder, write_start
-from .stages import begin, stage_configs
+from .stages import begin, find_loss_options, stage_configs
 
 # %% ../../nbs/training/loop.ipynb #9869253c
 def epoch_order(
-    labels: np.ndarray,  # class of each training image, shape (N,); or a matrix, 1 where it has a class, shape (N, classes)
+    labels: np.ndarray,  # class of each training image, shape (N,); or 1, 0, -1 for each class, shape (N, C)
     sampler: str,  # 'shuffle' | 'class_balanced'
     seed: int,
     epoch: int,
 ) -> np.ndarray:  # int64, shape (N,): indices into the split
-    "The images of one epoch, in order. Balanced: as many draws for each class; of several labels an image this is class-aware sampling (Shen et al. 2016), a class first and then an image that has it."
+    "The images of one epoch, in order. Balanced, each class is drawn equally often, by way of the images that show it (of several labels an image this is the class-aware sampling of Shen et al. 2016): all of them before one comes again; an image without labels is never drawn."
     random = np.random.default_rng([seed, epoch, 4])
     if sampler == 'shuffle': return random.permutation(len(labels))
     classes, by_class = (labels.T == 1).nonzero() if labels.ndim == 2 else (np.sort(labels), np.argsort(labels, kind='stable'))
@@ -168,7 +168,8 @@ def make_trainer(
     if config.freeze: plain.freeze()
     layout = memory_format(plain, accelerator.device)
     plain = plain.to(accelerator.device, memory_format=layout)
-    loss = add_margin(make_loss(config.loss, data.class_counts, **config.loss_options), plain.head, data.class_counts).to(accelerator.device)
+    with accelerator.main_process_first(): loss_options = find_loss_options(config)
+    loss = add_margin(make_loss(config.loss, data.class_counts, len(data.splits['train']), **loss_options), plain.head, data.class_counts).to(accelerator.device)
     optimizer = make_optimizer(plain, config)
     windows = epoch_windows(np.arange(len(data.splits['train'])), config.batch_size, config.accumulate)
     if min(len(indices) for window in windows for _, indices in window) < accelerator.num_processes: raise ConfigError(f'batch_size={config.batch_size} leaves some of the {accelerator.num_processes} processes without an image')
