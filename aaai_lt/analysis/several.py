@@ -31,7 +31,7 @@ def plot_precisions(
         if mine.any(): axes[0].plot(at[mine], ordered.average_precision[mine], 'o', ms=4, color=colour, label=f'{band}: {mine.sum()} classes'), axes[1].bar(at[mine], share[mine], width=0.9, color=colour)
     axes[0].set(ylabel='average precision', ylim=(-0.03, 1.03))
     axes[0].legend(frameon=False, fontsize=8, loc='lower left')
-    axes[1].set(ylabel='images that show it', xlim=(-0.7, len(at) - 0.3))
+    axes[1].set(ylabel='prevalence', xlim=(-0.7, len(at) - 0.3))
     if len(at) <= 60: axes[1].set_xticks(at, ordered['class'].astype(str), rotation=90 if len(at) > 12 else 0, fontsize=8)
     else: axes[1].set_xlabel('classes, most frequent in training first')
     for ax in axes: ax.yaxis.set_major_formatter(PercentFormatter(1.0)), ax.spines[['top', 'right']].set_visible(False)

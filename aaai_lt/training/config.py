@@ -67,7 +67,7 @@ class ModelSettings:
     loss: str = 'balanced_softmax'  # cross_entropy, focal, class_balanced, ldam, balanced_softmax, logit_adjustment, label_aware_smoothing, eql, eqlv2, soft_eql, seesaw, gce, symmetric
     loss_options: dict = field(default_factory=dict)  # of that loss, such as {'smoothing': 0.1}
     adjust_tau: float = 0.0  # post-hoc logit adjustment of the predictions; 0: none
-    augment: str = 'light'  # none, light, standard
+    augment: str = 'light'  # none, light, standard; of other systems: repvgg_weak, repvgg_raug15, aicoss_weak, aicoss_strong, accv_vit, accv_swin
     augment_options: dict = field(default_factory=dict)  # what differs from it, such as {'hflip': 0}
     sampler: str = 'shuffle'  # shuffle, class_balanced
 

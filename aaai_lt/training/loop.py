@@ -51,12 +51,11 @@ def epoch_order(
     seed: int,
     epoch: int,
 ) -> np.ndarray:  # int64, shape (N,): indices into the split
-    "The images of one epoch, in order. Balanced, each class is drawn equally often, by way of the images that show it: all of them before one comes again; an image without labels is never drawn."
+    "The images of one epoch, in order. Balanced, each class is drawn equally often, by way of the images that show it (of several labels an image this is the class-aware sampling of Shen et al. 2016): all of them before one comes again; an image without labels is never drawn."
     random = np.random.default_rng([seed, epoch, 4])
     if sampler == 'shuffle': return random.permutation(len(labels))
-    classes, images = (labels, np.arange(len(labels))) if labels.ndim == 1 else np.nonzero(labels.T == 1)
-    present, counts = np.unique(classes, return_counts=True)
-    n, by_class = len(labels), images[np.argsort(classes, kind='stable')]
+    classes, by_class = (labels.T == 1).nonzero() if labels.ndim == 2 else (np.sort(labels), np.argsort(labels, kind='stable'))
+    (present, counts), n = np.unique(classes, return_counts=True), len(labels)
     wanted = np.full(len(present), n // len(present))
     wanted[random.permutation(len(present))[:n % len(present)]] += 1
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
