@@ -12,21 +12,21 @@ from aaai_lt.training.run import Run
 SETTINGS = ['model=convnext_atto', 'input_size=32', 'resize=squash', 'epochs=2', 'batch_size=8', 'lr=0.05', 'optimizer=sgd', 'warmup_epochs=0', 'weight_decay=0.0', 'device=cpu', 'workers=1']
 
 
-def in_group(rank, world, port, words):
+def in_group(rank, world, port, words, main=None):
     "One process of a group, as torchrun and accelerate launch start it."
     import os
 
-    from aaai_lt.training.launch import main
+    from aaai_lt.training import launch
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'ACCELERATE_USE_CPU': 'true'}
-    return main(words)
+    return (main or launch.main)(words)
 
 
-def together(home, *words, world=2):
+def together(home, *words, world=2, main=None):
     "Exit codes and outputs of a group."
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    children = [Child(home, in_group, rank, world, port, list(words)) for rank in range(world)]
+    children = [Child(home, in_group, rank, world, port, list(words), main) for rank in range(world)]
     return [c.wait() for c in children], [c.text() for c in children]
 
 
