@@ -12,6 +12,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from ..losses.factory import LOSSES
 from ..losses.longtail import prior_offset
 from ..models.heads import fold_adjustment
 from ..models.repvgg import deploy_form
+from ..models.tta import TTA
 from ..models.zoo import Classifier
 from ..training.evaluate import run_model
 from ..training.run import Run
@@ -78,7 +80,7 @@ def clean_names(
         scopes = next((ast.literal_eval(p.value) for p in node.metadata_props if p.key == 'pkg.torch.onnx.name_scopes'), [])
         name = f'{scopes[-2]}.weight' if len(scopes) > 1 else ''
         for kernel in kernels & set(node.input): names[kernel] = kernel if name in names.values() or not name else name
-    names = {old: new.removeprefix('model.') for old, new in names.items()}
+    names = {old: re.sub(r'^(model\.)+', '', new) for old, new in names.items()}
     for tensor in graph.initializer: tensor.name = names[tensor.name]
     for node in graph.node: node.input[:] = [names.get(name, name) for name in node.input]
     for part in (proto, graph, *graph.node, *graph.input, *graph.value_info, *graph.output, *graph.initializer): del part.metadata_props[:]
@@ -232,13 +234,15 @@ def export_run(
     preprocessing: str = '',  # of INPUTS: nhwc or nchw take bytes and normalise inside
     activation: bool = False,  # probabilities instead of logits
     adjust: bool = True,  # the run's post-hoc adjustment inside
+    tta: str = 'none',  # none, flip: the mean with the mirror image inside, written as model-flip.onnx
 ) -> pd.DataFrame:  # the comparison
     "Write the run's model.onnx and compare it on held-out images. Raises DataError if it differs: the file is then removed; ConfigError."
     split = next((s for s in ('val', 'test', 'train') if len(table.split(s))), None)
     model, meta = shipped_model(run, adjust), describe_model(run)
     if not adjust: meta.pop('adjusted', None)
     last = meta['activation'] if activation else ''
-    file = export_onnx(model, run.folder/'model.onnx', run.data['input_size'], meta, preprocessing=preprocessing, activation=last)
+    if tta != 'none': model, meta['tta'] = TTA(model, tta), tta
+    file = export_onnx(model, run.folder/('model.onnx' if tta == 'none' else f'model-{tta}.onnx'), run.data['input_size'], meta, preprocessing=preprocessing, activation=last)
     comparison = compare(Shipped(model, preprocessing, last), file, run_images(run, table, split, images, preprocessing)).assign(split=split)
     try: check_export(comparison)
     except DataError: file.unlink(); raise

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COUNTERS', 'epoch_order', 'epoch_windows', 'decay_groups', 'make_optimizer', 'make_schedule', 'Trainer',
            'make_accelerator', 'make_trainer', 'save', 'restore', 'load_batch', 'forward_backward', 'check_finite',
-           'train_step', 'sync_buffers', 'predict', 'offset', 'judge', 'interactive', 'run_epoch', 'finish_epoch',
-           'finish', 'line', 'headline', 'start_or_continue', 'train_one', 'train']
+           'train_step', 'sync_buffers', 'predict', 'offset', 'judge', 'interactive', 'run_epoch', 'keep_epoch',
+           'finish_epoch', 'finish', 'line', 'headline', 'start_or_continue', 'train_one', 'train']
 
 # %% ../../nbs/training/loop.ipynb #2231576b
 import dataclasses
@@ -361,6 +361,13 @@ def run_epoch(
         if stopping and window is not windows[-1]: raise Stopped(f'stopped at step {trainer.step} of {len(windows) * config.epochs}, saved; the same command goes on')
     return stopping
 
+# %% ../../nbs/training/loop.ipynb #cd33b38f
+def keep_epoch(trainer: Trainer) -> None:
+    "Keep the weights of one of the last epochs, as epochs/epoch-<number>.safetensors. Raises StorageError."
+    if trainer.epoch <= trainer.config.epochs - trainer.config.keep_epochs: return
+    (trainer.folder/'epochs').mkdir(exist_ok=True)
+    write_file(trainer.folder/'epochs'/f'epoch-{trainer.epoch:03}.safetensors', tensor_bytes(trainer.judged.state_dict()))
+
 # %% ../../nbs/training/loop.ipynb #2167e8f7
 def finish_epoch(trainer: Trainer) -> None:
     "Validate, choose, write the history and a checkpoint."
@@ -378,6 +385,7 @@ def finish_epoch(trainer: Trainer) -> None:
     if better: trainer.best = {'epoch': trainer.epoch, 'value': value}
     if not trainer.accelerator.is_main_process: return
     if better: write_file(trainer.folder/'best.safetensors', tensor_bytes(trainer.judged.state_dict()))
+    keep_epoch(trainer)
     write_file(trainer.folder/'history.csv', pd.DataFrame(trainer.history).to_csv(index=False))
     save(trainer)
 
