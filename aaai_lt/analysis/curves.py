@@ -30,7 +30,7 @@ def plot_history(
     for ax, name in zip(axes, ('loss', 'accuracy', 'validation accuracy by band')):
         ax.set(title=name, xlabel='epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if ax.lines: ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8) if ax.lines else ax.set_axis_off()  # a pre-training has no accuracy
     for ax in axes[1:]: ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     fig.suptitle(title, fontsize=9)
     return fig

@@ -89,5 +89,5 @@ def begin(
     config: Config,
 ) -> None:
     "Give a fresh model the weights and scales that its settings name. Raises ConfigError if they do not fit."
-    if config.start: load_weights(model, weights_file(config.start, 'start'), allow_missing=('head.',), ignore=() if config.start_head else ('head.',))
+    if config.start: load_weights(model, weights_file(config.start, 'start'), allow_missing=('head.',), ignore=('decoder.',) if config.start_head else ('decoder.', 'head.'), resample=True)
     if config.scales not in ('', 'none'): apply_scales(model.backbone, find_scales(config.scales), kernels=not config.start)
