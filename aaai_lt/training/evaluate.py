@@ -64,6 +64,7 @@ def run_model(
 ) -> Classifier:  # on the CPU, in eval mode
     "The chosen weights of a run in its model. Raises ConfigError if they do not fit."
     config, data = run.config, run.data
+    if config.pretrain: raise ConfigError(f'{run.name} is a pre-training: it has a backbone and no classifier. Train one from it (start={run.name})')
     model = model_of(config, len(data['classes']), data['input_size'])
     load_weights(model, weights or run.folder/'best.safetensors')
     model.mean, model.std = tuple(data['mean']), tuple(data['std'])
