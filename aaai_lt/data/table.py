@@ -298,7 +298,7 @@ def read_fixes(
     if missing := [c for c in FIX_COLUMNS if c not in rows]: raise DataError(f'{file.name} has no column {missing[0]!r}; path, action and label are expected')
     rows = rows[FIX_COLUMNS].apply(lambda column: column.fillna('').str.strip())
     relabel = rows.action == 'relabel'
-    for column, wrong, known in (('action', ~rows.action.isin(FIX_ACTIONS), FIX_ACTIONS), ('path', ~rows.path.isin(table.frame.path), table.frame.path), ('label', relabel & ~rows.label.isin(table.classes), table.classes)):
+    for column, wrong, known in (('action', ~rows.action.isin(FIX_ACTIONS), FIX_ACTIONS), ('path', ~rows.path.isin(table.frame.path) & ~rows.path.isin(table.problems.path), table.frame.path), ('label', relabel & ~rows.label.isin(table.classes), table.classes)):
         if wrong.any():
             row, value = int(np.flatnonzero(wrong)[0]), rows[column][wrong].iloc[0]
             hint = f'{table.name} holds no such image' if column == 'path' else nearest(value, known)
