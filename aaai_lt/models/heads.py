@@ -16,18 +16,18 @@ from torch.nn import functional as F
 from ..core import ConfigError, check_options, nearest
 
 # %% ../../nbs/models/heads.ipynb #53fc6b9a
-NECK = {'reduction': '[0, inf)', 'activation': ('', 'relu', 'gelu')}  # options of every head
+NECK = {'reduction': '[0, inf)', 'activation': ('none', 'relu', 'gelu')}  # options of every head
 
 class LinearReduction(nn.Module):
     "Linear layer, batch normalisation, and if asked for an activation."
     def __init__(self,
         num_features: int,
         reduction: int,  # features that are left
-        activation: str = '',  # relu, gelu
+        activation: str = 'none',  # none, relu, gelu
     ):
         super().__init__()
         self.fc, self.bn = nn.Linear(num_features, reduction), nn.BatchNorm1d(reduction)
-        self.activation = {'': nn.Identity, 'relu': nn.ReLU, 'gelu': nn.GELU}[activation]()
+        self.activation = {'none': nn.Identity, 'relu': nn.ReLU, 'gelu': nn.GELU}[activation]()
 
     def forward(self, features: Tensor) -> Tensor:  # (B, num_features) -> (B, reduction)
         return self.activation(self.bn(self.fc(features)))
@@ -46,7 +46,7 @@ class LinearHead(nn.Module):
         dropout: float = 0.0,
         init_std: float = 0.0,  # deviation of the first weights, with bias 0; 0: torch's own rule
         reduction: int = 0,  # features that a LinearReduction leaves; 0: none before the head
-        activation: str = '',  # behind that reduction: relu, gelu
+        activation: str = 'none',  # behind that reduction: none, relu, gelu
     ):
         super().__init__()
         self.neck = LinearReduction(num_features, reduction, activation) if reduction else nn.Identity()
@@ -100,7 +100,7 @@ class CosineHead(nn.Module):
         scale: float = 30.0,  # largest logit
         sub_centers: int = 1,  # weights of each class; the nearest counts
         reduction: int = 0,  # features that a LinearReduction leaves; 0: none before the head
-        activation: str = '',  # behind that reduction: relu, gelu
+        activation: str = 'none',  # behind that reduction: none, relu, gelu
     ):
         super().__init__()
         self.scale, self.sub_centers = scale, sub_centers
@@ -127,7 +127,7 @@ class ArcFaceHead(CosineHead):
         easy_margin: bool = False,  # a margin only for angles below 90°
         smoothing: float = 0.0,  # share of the margin that is spread over all classes
         reduction: int = 0,  # features that a LinearReduction leaves; 0: none before the head
-        activation: str = '',  # behind that reduction: relu, gelu
+        activation: str = 'none',  # behind that reduction: none, relu, gelu
     ):
         super().__init__(num_features, num_classes, scale, sub_centers, reduction, activation)
         self.margin, self.easy_margin, self.smoothing = margin, easy_margin, smoothing
