@@ -34,6 +34,7 @@ class DataSettings:
     where: str = ''  # a pandas query over the table's columns that takes a cut
     columns: dict = field(default_factory=dict)  # CSV columns that are not found by themselves: {'path': …, 'label': …, 'split': …}
     fixes: str = ''  # a CSV of corrections to apply: path, action (accept, relabel, drop), label
+    pseudo: str = ''  # a CSV of pseudo-labels, whose images join the training split: path, label
     group: str = ''  # a column whose groups must stay on one side of the split
     val_fraction: float = 0.1  # of each class, if the data give no validation split
     test_fraction: float = 0.0  # of each class, if the data give no test split
@@ -220,7 +221,7 @@ def quick_config(
     small = next((model for family, model in QUICK_MODELS.items() if config.model.startswith(family)), re.sub(r'^repopt_[a-z]\d', 'repopt_s0', config.model))
     scales = 'initial' if is_target(config.model) and config.scales not in ('none', 'previous') else config.scales
     start = config.start if config.start == 'previous' else ''
-    return dataclasses.replace(config, data=builtin, where='', columns={}, fixes='', group='', imbalance_factor=0.0, model=small, model_options=QUICK_OPTIONS.get(small, {}), pretrained=False, start=start, scales=scales,
+    return dataclasses.replace(config, data=builtin, where='', columns={}, fixes='', pseudo='', group='', imbalance_factor=0.0, model=small, model_options=QUICK_OPTIONS.get(small, {}), pretrained=False, start=start, scales=scales,
         pretrain_options={k: v for k, v in config.pretrain_options.items() if k != 'unlabelled'} | QUICK_PRETRAIN.get(config.pretrain, {}),
         input_size=32, store_size=0, epochs=min(config.epochs, 3), warmup_epochs=min(config.warmup_epochs, 1.0), batch_size=min(config.batch_size, 64), save_every=0)
 

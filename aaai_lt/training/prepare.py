@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..core import ConfigError, DataError
+from ..core import ConfigError, DataError, resolve
 from ..data.builtin import BUILTIN, read_builtin
 from ..data.longtail import cut_tail
 from ..data.pixels import PixelStore, build_store
+from ..data.pseudo import add_pseudo, read_pseudo
 from ..data.scan import scan, separate_copies
 from ..data.split import not_held_out, split_table
 from ..data.table import ImageTable, cut, read_images
@@ -62,7 +63,8 @@ def make_table(
     progress: bool = True,
 ) -> ImageTable:
     "The table of a run. Raises DataError, ConfigError, FileNotFoundError."
-    return training_table(look_at_data(config, progress), config)
+    table = training_table(look_at_data(config, progress), config)
+    return add_pseudo(table, read_pseudo(config.pseudo), resolve(config.pseudo).parent, max_pixels=config.max_pixels, progress=progress) if config.pseudo else table
 
 # %% ../../nbs/training/prepare.ipynb #4642a6b9
 def data_hash(

@@ -37,7 +37,7 @@ def check_start(
     if config.freeze and not (config.start or config.pretrained or config.quick): raise ConfigError(f'freeze={config.freeze!r} would keep a backbone of random weights: give start or pretrained')
 
 # %% ../../nbs/training/stages.ipynb #c26e5854
-OF_THE_DATA = ('where', 'columns', 'group', 'imbalance_factor')
+OF_THE_DATA = ('where', 'columns', 'pseudo', 'group', 'imbalance_factor')
 NOT_IN_A_STAGE = ('name', 'stages', 'quick', 'overwrite')
 
 def stage_configs(
