@@ -506,7 +506,7 @@ def redistribute_labels(
         np.save(folder/'labels.npy', labels)
         write_file(folder/'classes.csv', classes.to_csv(index=False))
         write_file(folder/'moved.csv', moved_images(test, labels).to_csv(index=False))
-        return {'moved': int((labels != test.scores.argmax(1)).sum()), 'of': len(test)} | ({'balance': balance['balance'], 'verdict': balance['verdict']} if balance else {})
+        return {'moved': int((labels != test.scores.argmax(1)).sum()), 'of': len(test)} | ({'balance': round(balance['balance'], 3), 'verdict': balance['verdict']} if balance else {})
     folder = stage(ladder.folder('redistribute'), digest('redistribute', options, key_of(ladder.folder('blend')), counts.tolist()), make, ladder.say)
     labels = np.load(folder/'labels.npy')
     add_rung(ladder, '+ redistribution', '', test=test, labels=labels)
