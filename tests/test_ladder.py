@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from helpers import Child, content, image_folder
 
-from aaai_lt.challenge.ladder import SETTINGS, Ladder, add_rung, climb, key_of, ladder_settings, over_seeds, read_parts, rung_table, stage, sweep_stages
+from aaai_lt.challenge.ladder import SETTINGS, climb, key_of, ladder_settings, over_seeds, read_parts, rung_table, stage, sweep_stages
 from aaai_lt.core import ConfigError, DataError, recipe
 
 TINY = {'name': 't', 'data': 'digits', 'common': {'model': 'repvgg_s0', 'epochs': 1, 'warmup_epochs': 0.5, 'input_size': 16, 'store_size': 16, 'lr': 0.004, 'device': 'cpu'},
@@ -220,3 +220,17 @@ def test_the_climb_of_the_winners_quick_by_papermill(home):
     assert code == 0, output[-3000:]
     assert (home/'outputs'/'q-quick'/'submission.csv').read_bytes() == first and {p.parent.name: p.read_bytes() for p in (home/'outputs').glob('*/stage.json')} == runs
     assert 'epoch   1' not in report(home)
+
+
+def test_over_seeds_is_the_rule_of_the_house():
+    "Better: the paired mean is above twice its standard error. One seed never is."
+    from aaai_lt.challenge.ladder import prefix_of
+    def table(base, *gains):
+        values = base + np.cumsum([0, *gains])
+        return pd.DataFrame({'rung': ['trained', '+ x', '+ y', '+ z'], 'member': 'm', 'test_accuracy': values, 'gain': [np.nan, *gains], 'low': 0.0, 'high': 0.0})
+    tables = {0: table(0.5, 0.02, 0.03, -0.02), 1: table(0.6, 0.021, -0.01, -0.02), 2: table(0.4, 0.019, 0.01, -0.021)}
+    out = over_seeds(tables).set_index('rung')
+    assert out.verdict.to_dict() == {'trained': '', '+ x': 'gain', '+ y': 'no gain shown', '+ z': 'loss'} and (out.seeds == 3).all()
+    assert np.isclose(out.sd['trained'], 0.1) and np.isclose(out.error['+ y'], np.std([0.03, -0.01, 0.01], ddof=1) / 3 ** 0.5)
+    assert over_seeds({0: tables[0]}).verdict.tolist() == ['', 'one seed', 'one seed', 'one seed']
+    assert [prefix_of(SETTINGS | {'seeds': [3, 4]}, seed) for seed in (3, 4)] == ['ladder', 'ladder-seed4']
