@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import os
 import random
 import shutil
 import time

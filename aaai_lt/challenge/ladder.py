@@ -626,7 +626,7 @@ def plot_rungs(
         own, at = own.dropna(subset='gain'), own.dropna(subset='gain').rung.map(y) + (0 if member == 'all' else 0.11 * (i - (rows.member.nunique() - 2) / 2))
         right.errorbar(own.gain, at, xerr=[own.gain - own.low, own.high - own.gain], fmt='o', ms=4, elinewidth=1, color='0.1' if member == 'all' else f'C{i}')
     if several: right.errorbar(mean.gain, range(len(y)), xerr=2 * mean.error, fmt='o', ms=4.5, color='0.1', elinewidth=1)
-    right.set_title('gain over the rung before (± 2 standard errors over seeds)' if several else 'gain over the rung before (95 % over images)')
+    right.set_title('gain over the rung before (± 2 s.e.)' if several else 'gain over the rung before (95 % over images)')
     for ax in (left, right): ax.xaxis.set_major_formatter(lambda v, _: f'{100 * v:g}%'); ax.tick_params(labelsize=8); ax.title.set_fontsize(9); ax.margins(x=0.08); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
