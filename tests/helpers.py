@@ -10,7 +10,7 @@ from PIL import Image
 
 # Importing torch and timm takes seconds, a fork of a process that has them milliseconds. The children are real processes.
 CHILDREN = multiprocessing.get_context('forkserver')
-CHILDREN.set_forkserver_preload(['aaai_lt.training.launch', 'aaai_lt.training.loop', 'accelerate', 'timm.optim', 'timm.scheduler', 'timm.utils', 'sklearn.datasets', 'sklearn.model_selection'])
+CHILDREN.set_forkserver_preload(['aaai_lt.challenge.ladder', 'aaai_lt.training.launch', 'aaai_lt.training.loop', 'accelerate', 'timm.optim', 'timm.scheduler', 'timm.utils', 'sklearn.datasets', 'sklearn.model_selection'])
 
 
 def in_child(output, home, cwd, function, arguments):
