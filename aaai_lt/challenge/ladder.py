@@ -200,6 +200,7 @@ def read_parts(
 ) -> tuple:  # (the table with splits train, val and a split for each part, without labels there; {path: true class name} for those whose truth is known)
     "All images of a ladder. Raises DataError, FileNotFoundError."
     table, places = make_table(config, False), {name: part for name, part in parts.items() if is_place(part)}
+    if table.multilabel: raise DataError(f'{table.name} has several labels on an image, and cleaning, pseudo-labels and redistribution are for one')
     frames, truth, problems = [table.frame], {}, [table.problems]
     if len(places) < max(len(parts), 1):
         whole = look_at_data(dataclasses.replace(config, where=config.where.removesuffix('split != "test"').removesuffix(' and ')), False)
