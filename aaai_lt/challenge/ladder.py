@@ -33,6 +33,7 @@ from ..analysis.copies import near_copies
 from ..analysis.noise import RULES, clean, write_fixes
 from ..core import DISK, ConfigError, DataError, nearest, resolve, root, write_file, write_json
 from ..data.pixels import build_store, leave_out
+from ..data.pseudo import plain_name
 from ..data.predictions import Predictions, load_predictions, save_predictions
 from ..data.scan import scan
 from ..data.split import not_held_out
@@ -45,7 +46,7 @@ from ..ensemble.submission import FORMATS, submit
 from ..models.tta import VIEWS
 from ..training.checkpoint import tensor_bytes
 from ..training.config import NOT_HASHED, Config, DataSettings, check_type, make_config, quick_config, to_yaml
-from ..training.evaluate import as_predictions, per_class_of, plain_name, predict_images, read_unlabelled, run_model
+from ..training.evaluate import as_predictions, per_class_of, predict_images, read_unlabelled, run_model
 from ..training.folds import features_of, out_of_fold, probe_out_of_fold
 from ..training.loop import train_one
 from ..training.metrics import summarise

@@ -22,7 +22,7 @@ from scipy.special import log_softmax
 
 from ..core import ConfigError, DataError, nearest, resolve
 from ..data.predictions import Predictions, load_predictions, probabilities
-from ..training.evaluate import plain_name
+from ..data.pseudo import plain_name
 from ..training.multilabel import average_precision
 from ..training.run import Run, load_run
 

@@ -18,7 +18,7 @@ import pandas as pd
 from ..core import ConfigError, DataError, nearest, resolve, write_file
 from ..data.predictions import Predictions, probabilities
 from .blend import positions
-from ..training.evaluate import plain_name
+from ..data.pseudo import plain_name
 
 # %% ../../nbs/ensemble/submission.ipynb #d5a0ae61
 NAME_FORMS = (str, lambda name: str(name).rsplit('/', 1)[-1], lambda name: str(name).rsplit('/', 1)[-1].rsplit('.', 1)[0])
