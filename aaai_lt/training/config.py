@@ -66,6 +66,8 @@ class ModelSettings:
     standardize: bool = False  # each image to mean 0 and deviation 1, inside the model: for very uneven light
     loss: str = 'balanced_softmax'  # cross_entropy, focal, class_balanced, ldam, balanced_softmax, logit_adjustment, label_aware_smoothing, eql, eqlv2, soft_eql, seesaw, gce, symmetric
     loss_options: dict = field(default_factory=dict)  # of that loss, such as {'smoothing': 0.1}
+    teacher: str = ''  # a finished run whose answers are learned beside the labels; in stages: previous
+    teacher_options: dict = field(default_factory=dict)  # weight (0.5), temperature (3), power (1; below it rare classes get more)
     adjust_tau: float = 0.0  # post-hoc logit adjustment of the predictions; 0: none
     augment: str = 'light'  # none, light, standard; of other systems: repvgg_weak, repvgg_raug15, aicoss_weak, aicoss_strong, accv_vit, accv_swin
     augment_options: dict = field(default_factory=dict)  # what differs from it, such as {'hflip': 0}
@@ -222,8 +224,8 @@ def quick_config(
     builtin = config.data if config.data.split(':')[0] in BUILTIN else 'digits-mosaic' if getattr(LOSSES[config.loss], 'multilabel', False) else 'digits'
     small = next((model for family, model in QUICK_MODELS.items() if config.model.startswith(family)), re.sub(r'^repopt_[a-z]\d', 'repopt_s0', config.model))
     scales = 'initial' if is_target(config.model) and config.scales not in ('none', 'previous') else config.scales
-    start = config.start if config.start == 'previous' else ''
-    return dataclasses.replace(config, data=builtin, where='', columns={}, fixes='', pseudo='', group='', imbalance_factor=0.0, model=small, model_options=QUICK_OPTIONS.get(small, {}), pretrained=False, start=start, scales=scales,
+    start, teacher = (name if name == 'previous' else '' for name in (config.start, config.teacher))
+    return dataclasses.replace(config, data=builtin, where='', columns={}, fixes='', pseudo='', group='', imbalance_factor=0.0, model=small, model_options=QUICK_OPTIONS.get(small, {}), pretrained=False, start=start, teacher=teacher, scales=scales,
         pretrain_options={k: v for k, v in config.pretrain_options.items() if k != 'unlabelled'} | QUICK_PRETRAIN.get(config.pretrain, {}),
         input_size=32, store_size=0, epochs=min(config.epochs, 3), warmup_epochs=min(config.warmup_epochs, 1.0), batch_size=min(config.batch_size, 64), save_every=0)
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COUNTERS', 'epoch_order', 'epoch_windows', 'layers_of', 'decay_groups', 'make_optimizer', 'make_schedule', 'Trainer',
            'make_accelerator', 'make_trainer', 'save', 'restore', 'load_batch', 'gather_rows', 'batch_loss',
-           'forward_backward', 'pretrain_backward', 'pretrain_validation', 'finish_pretraining', 'check_finite',
-           'train_step', 'sync_buffers', 'mean_loss', 'predict', 'offset', 'judge', 'interactive', 'run_epoch',
-           'keep_epoch', 'finish_epoch', 'finish', 'line', 'headline', 'start_or_continue', 'train_one', 'train']
+           'with_teacher', 'forward_backward', 'pretrain_backward', 'pretrain_validation', 'finish_pretraining',
+           'check_finite', 'train_step', 'sync_buffers', 'mean_loss', 'predict', 'offset', 'judge', 'interactive',
+           'run_epoch', 'keep_epoch', 'finish_epoch', 'finish', 'line', 'headline', 'start_or_continue', 'train_one',
+           'train']
 
 # %% ../../nbs/training/loop.ipynb #2231576b
 import dataclasses
@@ -30,6 +31,7 @@ from tqdm.auto import tqdm
 from ..core import ConfigError, DataError, DivergedError, Stopped, StorageError, write_file, write_json
 from ..data.augment import augment_batch, augment_options, draws, eval_batch
 from ..data.predictions import Predictions, save_predictions
+from ..losses.distillation import check_teacher, distillation
 from ..losses.factory import make_loss
 from ..losses.longtail import prior_offset, set_progress
 from ..losses.margins import add_margin
@@ -42,7 +44,7 @@ from .kinds import KINDS, Kind, selected
 from .prepare import Data, Split, build_model, describe_data, prepare
 from .pretrain import pretraining_model
 from .run import Run, locked, run_folder, start_folder, sweep_folder, write_start
-from .stages import begin, find_loss_options, stage_configs
+from .stages import begin, find_loss_options, stage_configs, teacher_logits
 
 # %% ../../nbs/training/loop.ipynb #9869253c
 def epoch_order(
@@ -143,6 +145,7 @@ class Trainer:
     layout: torch.memory_format
     mean: Tensor
     std: Tensor
+    taught: Tensor = None  # the teacher's logits for the training images, shape (N, classes)
     step: int = 0  # steps of the optimizer so far
     epoch: int = 0  # the epoch that runs, from 0
     totals: list = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0])  # loss · images, correct, images of this epoch
@@ -185,7 +188,7 @@ def make_trainer(
     if config.pretrain: plain = pretraining_model(plain, config)
     layout = memory_format(plain, accelerator.device)
     plain = plain.to(accelerator.device, memory_format=layout)
-    with accelerator.main_process_first(): loss_options = find_loss_options(config)
+    with accelerator.main_process_first(): loss_options, taught = find_loss_options(config), teacher_logits(config, data.splits['train'].ids, data.table.classes)
     loss = nn.Identity() if config.pretrain else add_margin(make_loss(config.loss, data.class_counts, len(data.splits['train']), **loss_options), plain.head, data.class_counts).to(accelerator.device)
     optimizer = make_optimizer(plain, config)
     windows = epoch_windows(np.arange(len(data.splits['train'])), config.batch_size, config.accumulate)
@@ -193,7 +196,7 @@ def make_trainer(
     model, optimizer = accelerator.prepare(plain, optimizer)
     ema = ModelEmaV3(plain, decay=config.ema, use_warmup=True) if config.ema else None
     mean, std = (torch.tensor(v, dtype=torch.float32, device=accelerator.device) for v in (plain.mean, plain.std))
-    return Trainer(config, data, folder, accelerator, model, plain, loss, optimizer, make_schedule(optimizer, config, len(windows)), ema, augment_options(config.augment, config.augment_options), layout, mean, std)
+    return Trainer(config, data, folder, accelerator, model, plain, loss, optimizer, make_schedule(optimizer, config, len(windows)), ema, augment_options(config.augment, config.augment_options), layout, mean, std, None if taught is None else torch.from_numpy(taught))
 
 # %% ../../nbs/training/loop.ipynb #4b6ac821
 COUNTERS = ('step', 'epoch', 'totals', 'history', 'best', 'seconds', 'skipped')
@@ -272,6 +275,19 @@ def batch_loss(
     loss = trainer.loss(gather_rows(trainer, logits, images), gather_rows(trainer, targets.float(), images))
     return loss - loss.detach() * (1 - 1 / world)  # the value is shared out; the gradient is that of the own rows already
 
+# %% ../../nbs/training/loop.ipynb #d15710b2
+def with_teacher(
+    trainer: Trainer,
+    loss: Tensor,  # this process's part, from `batch_loss`
+    logits: Tensor,
+    indices: np.ndarray,  # of this process's images in the split
+    images: int,  # in the whole batch
+) -> Tensor:
+    "The loss, and in its share what the teacher says."
+    options = check_teacher(trainer.config.teacher_options)
+    said = distillation(logits, trainer.taught[indices].to(logits.device), options['temperature'], options['power']) * (len(logits) / images)
+    return (1 - options['weight']) * loss + options['weight'] * said
+
 # %% ../../nbs/training/loop.ipynb #d39528e6
 def forward_backward(
     trainer: Trainer,
@@ -288,6 +304,7 @@ def forward_backward(
     images, targets = augment_batch(pixels, labels, u, trainer.options, trainer.data.input_size, trainer.mean, trainer.std, len(trainer.data.class_counts))
     with trainer.accelerator.autocast(): logits = trainer.model(images.contiguous(memory_format=trainer.layout))
     loss, config = batch_loss(trainer, logits, targets, len(indices)), trainer.config
+    if trainer.taught is not None: loss = with_teacher(trainer, loss, logits, indices[mine], len(indices))
     penalty = config.weight_decay / 2 * custom_l2(trainer.plain) * (share * len(mine) / len(indices)) if config.weight_decay_rule == 'repvgg' else 0.0
     trainer.accelerator.backward((loss * (1.0 if trainer.summed else share) + penalty) * world)
     detached = loss.detach().double() * (1 if trainer.summed else len(indices))

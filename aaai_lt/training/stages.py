@@ -4,14 +4,19 @@
 
 # %% auto #0
 __all__ = ['OF_THE_DATA', 'NOT_IN_A_STAGE', 'is_target', 'check_start', 'stage_configs', 'weights_file', 'find_scales', 'begin',
-           'prior_of', 'find_loss_options']
+           'prior_of', 'find_loss_options', 'teacher_logits']
 
 # %% ../../nbs/training/stages.ipynb #b920903c
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from ..core import ConfigError, resolve
+from ..data.augment import augment_options
 from ..data.predictions import write_prior
+from ..losses.distillation import check_teacher
+from ..losses.factory import LOSSES
 from ..models.repopt import NAMES, apply_scales, extract_scales, read_scales
 from ..models.weights import read_tensors
 from ..models.zoo import Classifier, load_weights
@@ -36,6 +41,9 @@ def check_start(
     if target and config.clip: raise ConfigError(f'clip={config.clip} with {config.model}: clipped gradients are not what its multipliers are made for; leave clip at 0')
     if target and config.optimizer not in ('sgd', 'momentum', 'adamw'): raise ConfigError(f"optimizer is {config.optimizer!r}; the multipliers of {config.model} are known for 'sgd', 'momentum' and 'adamw'")
     if config.start and config.pretrained: raise ConfigError('start and pretrained both name weights to begin with: give one')
+    check_teacher(config.teacher_options)
+    if config.teacher and (config.pretrain or not (LOSSES[config.loss].activation == 'softmax' and not getattr(LOSSES[config.loss], 'multilabel', False))): raise ConfigError(f'teacher={config.teacher!r} is for one label an image and a loss of the softmax, not for {config.pretrain or config.loss!r}')
+    if config.teacher and any(augment_options(config.augment, config.augment_options)[name] for name in ('mixup', 'cutmix')): raise ConfigError('teacher with mixup or cutmix: it has no answers for images that are mixed; set both to 0')
     if config.freeze and not (config.start or config.pretrained or config.quick): raise ConfigError(f'freeze={config.freeze!r} would keep a backbone of random weights: give start or pretrained')
 
 # %% ../../nbs/training/stages.ipynb #c26e5854
@@ -55,7 +63,7 @@ def stage_configs(
         others = {n: getattr(Config(), n) for n in OF_THE_DATA} | BUILTIN_SETTINGS.get(str(stage['data']).split(':')[0], {}) if 'data' in stage else {}
         try: one = quick_config(make_config(**common | others | stage | {'name': name if i == len(config.stages) else f'{name}-{i}'}))
         except ConfigError as error: raise ConfigError(f'stage {i}: {error}') from error
-        before = {key: found[-1].name for key in ('start', 'scales') if found and getattr(one, key) == 'previous'}
+        before = {key: found[-1].name for key in ('start', 'scales', 'teacher') if found and getattr(one, key) == 'previous'}
         if found and one.loss_options.get('prior') == 'previous': before['loss_options'] = one.loss_options | {'prior': found[-1].name}
         found.append(dataclasses.replace(one, **before))
     return found
@@ -112,3 +120,20 @@ def find_loss_options(
     "The options of a run's loss, a prior that names a run replaced by its file. Raises ConfigError."
     prior = config.loss_options.get('prior')
     return config.loss_options | {'prior': str(prior_of(prior))} if isinstance(prior, str) and not prior.endswith('.csv') else config.loss_options
+
+# %% ../../nbs/training/stages.ipynb #d15710b1
+def teacher_logits(
+    config: Config,
+    ids,  # of the training images, shape (N,)
+    classes: tuple,
+) -> np.ndarray:  # float32, shape (N, classes); None without a teacher
+    "What the teacher says of the training images, adjusted as its own predictions are. Raises ConfigError, DataError."
+    if not config.teacher: return None
+    from aaai_lt.training.evaluate import evaluate  # which imports this room
+    run = load_run(str(weights_file(config.teacher, 'teacher').parent))
+    if not LOSSES[run.config.loss].activation == 'softmax' or run.multilabel: raise ConfigError(f'teacher: {run.name} was trained with {run.config.loss}, whose answers are no softmax')
+    said = evaluate(run, 'train')
+    if said.classes != tuple(classes): raise ConfigError(f'teacher: {run.name} knows {len(said.classes)} classes ({", ".join(said.classes[:3])} …), this run has {len(classes)} ({", ".join(classes[:3])} …)')
+    row = {name: i for i, name in enumerate(said.ids)}
+    if unknown := next((name for name in ids if name not in row), None): raise ConfigError(f'teacher: {run.name} was not trained on {unknown}, which is a training image here: give both runs the same data and split')
+    return said.scores[[row[name] for name in ids]]
