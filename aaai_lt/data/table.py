@@ -55,9 +55,7 @@ class ImageTable:
         part = self.frame[self.frame.split == split] if split else self.frame
         return label_matrix(part.label, len(self.classes), part.get('unknown')) if self.multilabel else part.label.to_numpy('int64', copy=True)
 
-    def ids(self, frame: pd.DataFrame) -> np.ndarray:
-        "What these rows are called in predictions: their ids, or their paths."
-        return frame['id' if 'id' in self.frame else 'path'].to_numpy(object)
+    def ids(self, frame: pd.DataFrame) -> np.ndarray: return frame['id' if 'id' in self.frame else 'path'].to_numpy(object)  # what these rows are called in predictions
 
     def paths(self, ids) -> np.ndarray:
         "The paths of images that are called so."
