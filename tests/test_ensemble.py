@@ -1,6 +1,7 @@
 "Soups, blends, redistribution and submissions beside independent implementations, with awkward input, and end to end by papermill."
 import itertools
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 from aaai_lt.core import ConfigError, DataError, Stopped, table
 from aaai_lt.data.predictions import Predictions, load_predictions, probabilities, save_predictions
 from aaai_lt.ensemble.blend import MEASURES, WEIGHTS, align, blend, bootstrap, contributions, greedy_weights, learn_weights, log_loss_weights, measured, metric_weights, out_of_fold, power_weights, read_member, read_scores, stacked
+from aaai_lt.ensemble.inference import compare_precisions, predict_members, relative_changes
 from aaai_lt.ensemble.redistribute import assign, balance_test, calibrate, candidates, class_prices, estimate_prior, fill_and_thin, fill_rare, fill_rare_protected, fit_calibration, quotas, redistribute, shares_in, transport
 from aaai_lt.ensemble.soup import Average, member_files, reestimate_bn, soup
 from aaai_lt.ensemble.submission import match_ids, submit
@@ -435,3 +437,46 @@ def test_the_notebook_blends_and_submits(runs, module_home):
     assert list(sent) == ['file', 'answer'] and sent.file.tolist() == sorted(test_ids, reverse=True)
     assert dict(zip(sent.file, sent.answer)) == dict(zip(mixed.ids, np.array(mixed.classes)[mixed.scores.argmax(1)]))
     assert set(pd.read_csv(folder/'weightings.csv').weights) == set(WEIGHTS) and json.loads((folder/'predictions'/'test'/'meta.json').read_text())['kind'] == 'probabilities'
+
+
+def test_the_notebook_with_several_labels(home):
+    "Two quick members on mosaics: the mAP with its interval, what each member adds, and the submission in the order of the sample, which the blend's scores are in."
+    members = [train(make_config(data='digits-mosaic:0.1', model='test_resnet', loss=name, quick=True, batch_size=16, device='cpu', name=name, resize=resize), say=silent) for name, resize in (('asl', 'squash'), ('zlpr', 'pad'))]
+    ids, classes = members[0].predictions('test').ids, members[0].data['classes']
+    (home/'sample.csv').write_text('img_id,' + ','.join(reversed(classes)) + '\n' + ''.join(f'{i}{",0" * len(classes)}\n' for i in sorted(ids, reverse=True)))
+    code, output = papermill(home, 'ensemble.ipynb', '-p', 'runs', '["asl", "zlpr"]', '-p', 'split', 'test', '-p', 'sample', str(home/'sample.csv'), '-p', 'rounds', '40', '-p', 'precision', 'bf16')
+    assert code == 0, output[-3000:]
+    folder, text = home/'outputs'/'blends'/'blend', report(home)
+    known = blend([run.predictions('val') for run in members])
+    found = re.search(r'the blend has mAP ([\d.]+) in validation.*?95 % interval of that mAP over images: ([\d.]+) to ([\d.]+)', text, re.S)
+    value, low, high = map(float, found.groups())
+    shown = known.targets.any(0)
+    assert low < value < high and abs(value - average_precision_score(known.targets[:, shown], known.scores[:, shown], average='macro')) < 0.02  # bf16 against fp32
+    worth = pd.read_csv(folder/'members.csv')
+    assert worth.member.tolist() == ['asl', 'zlpr'] and np.allclose(worth.without + worth.difference, value, atol=2e-4) and (worth.low <= worth.high).all()
+    mixed, sent = load_predictions(folder/'predictions'/'test'), pd.read_csv(folder/'submission-test.csv', dtype={'img_id': str})
+    assert list(sent) == ['img_id', *reversed(classes)] and sent.img_id.tolist() == sorted(ids, reverse=True)
+    order = [mixed.ids.tolist().index(i) for i in sent.img_id]
+    assert np.array_equal(sent.iloc[:, 1:].to_numpy('float32'), mixed.scores[order][:, ::-1])
+    fp32 = np.mean([probabilities(run.predictions('test')) for run in members], 0)
+    assert 1e-6 < np.abs(mixed.scores - fp32).max() < 0.03
+
+
+def test_the_precision_table():
+    "The printed table of the challenge agrees with itself; ours has the same relations, and fp32 is what the runs themselves say."
+    printed = table('aicoss_precision').set_index('metric')[['fp32', 'fp16']].T.astype(float)
+    assert np.allclose(100 * relative_changes(printed).loc['fp16'], [-41.3793, 70.5940, -0.004098, -0.005117], atol=5e-5)
+    assert [round(a * b) for a, b in zip(printed.inference_time_sec, printed.inference_speed_img_per_sec)] == [50_212, 50_214] and 6_550 + 43_664 == 50_214
+
+
+def test_precisions_beside_each_other(home):
+    members = [train(make_config(data='digits-mosaic:0.1', model='test_resnet', loss='bce', quick=True, epochs=2, batch_size=16, device='cpu', name=name, seed=seed, resize=resize), say=silent) for seed, (name, resize) in enumerate((('a', 'squash'), ('b', 'pad'), ('c', 'squash')))]
+    ticks = iter(range(0, 10_000, 2))
+    measured_ = compare_precisions(members, device='cpu', rounds=2, clock=lambda: next(ticks))
+    assert measured_.index.tolist() == ['fp32', 'bf16'] and (measured_.seconds == 2).all() and (measured_.images_per_second == 25).all()
+    both = blend([run.predictions('val') for run in members])
+    shown = both.targets.any(0)
+    assert np.isclose(measured_['mAP']['fp32'], average_precision_score(both.targets[:, shown], both.scores[:, shown], average='macro'), atol=1e-6) and abs(relative_changes(measured_)['mAP']['bf16']) < 0.05
+    for precision in ('fp32', 'bf16'):
+        for name, own in predict_members(members, device='cpu', precision=precision).items(): assert np.allclose(own.scores, next(r for r in members if r.name == name).predictions('val').scores, atol={'fp32': 1e-4, 'bf16': 0.2}[precision])
+    with pytest.raises(ConfigError, match="precision is 'fp61': did you mean"): predict_members(members, precision='fp61')
