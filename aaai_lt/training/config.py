@@ -221,7 +221,7 @@ def quick_config(
     if not config.quick: return config
     from aaai_lt.training.stages import is_target
     from aaai_lt.losses.factory import LOSSES
-    builtin = config.data if config.data.split(':')[0] in BUILTIN else 'digits-mosaic' if getattr(LOSSES[config.loss], 'multilabel', False) else 'digits'
+    builtin = config.data if config.data.split(':')[0] in BUILTIN else 'digits-mosaic:0.1' if getattr(LOSSES[config.loss], 'multilabel', False) else 'digits'
     small = next((model for family, model in QUICK_MODELS.items() if config.model.startswith(family)), re.sub(r'^repopt_[a-z]\d', 'repopt_s0', config.model))
     scales = 'initial' if is_target(config.model) and config.scales not in ('none', 'previous') else config.scales
     start, teacher = (name if name == 'previous' else '' for name in (config.start, config.teacher))
