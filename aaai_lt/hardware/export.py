@@ -145,7 +145,7 @@ def read_metadata(
     "The metadata of an exported file."
     import onnx
     props = {p.key: p.value for p in onnx.load(file, load_external_data=False).metadata_props}
-    return {k: json.loads(v) if v[:1] in '[{0123456789-"' and k not in ('weights_sha256', 'run') else v for k, v in props.items()}
+    return {k: json.loads(v) if (v[:1] in '[{0123456789-"' or v in ('true', 'false')) and k not in ('weights_sha256', 'run') else v for k, v in props.items()}
 
 # %% ../../nbs/hardware/export.ipynb #c3d5018a
 def open_onnx(
