@@ -34,6 +34,7 @@ def reliability(
     with np.errstate(invalid='ignore'): mean = [np.bincount(at, values, bins) / images for values in (confidence, correct)]
     return pd.DataFrame({'low': np.arange(bins) / bins, 'high': np.arange(1, bins + 1) / bins, 'images': images, 'confidence': mean[0], 'accuracy': mean[1]})
 
+# %% ../../nbs/analysis/calibration.ipynb #7e995716
 def calibration_error(
     table: pd.DataFrame,  # from `reliability`
 ) -> float:

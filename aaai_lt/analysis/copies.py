@@ -53,8 +53,10 @@ def say_copies(
 
 # %% ../../nbs/analysis/copies.ipynb #bf38ad21
 LOOK_SIZE = 32  # pixels of the thumbnails
+
 LOWEST = np.argsort(np.add.outer(np.arange(LOOK_SIZE), np.arange(LOOK_SIZE)), axis=None, kind='stable')[1:65].reshape(16, 4).T.ravel()
 
+# %% ../../nbs/analysis/copies.ipynb #e9e3cb41
 def looks(
     pixels,  # uint8, shape (N, 32, 32, 3): an array or a PixelStore
     rows=None,  # of it; by default all
@@ -110,6 +112,7 @@ def bucket_pairs(
                 yield order[left], order[low[left] + np.arange(total) - np.repeat(np.cumsum(part) - part, part)]
             a = b
 
+# %% ../../nbs/analysis/copies.ipynb #a78a5b35
 def close_pairs(
     hashes: np.ndarray,  # uint64, shape (N,)
     radius: int = 10,  # bits that may differ, below 16
@@ -143,6 +146,7 @@ def same_hash(
         left = other[~like]
     return tuple(np.concatenate(part) for part in zip(*links)), np.sort(np.concatenate(leaders))
 
+# %% ../../nbs/analysis/copies.ipynb #0170bf30
 def look_links(
     hashes: np.ndarray,  # uint64, shape (N,), from `looks`
     faces: np.ndarray,  # uint8, shape (N, 768)
@@ -170,6 +174,7 @@ def look_links(
 # %% ../../nbs/analysis/copies.ipynb #aec2d9e1
 NEAR_COLUMNS = ['path', 'label', 'split', 'group', 'other', 'bits', 'difference']
 
+# %% ../../nbs/analysis/copies.ipynb #265b6c81
 def near_copies(
     table: ImageTable,  # scanned
     store: PixelStore = None,  # its images at 32 pixels; by default made
@@ -198,6 +203,7 @@ def conflicting_looks(
     labels = again.groupby('group').label.agg(lambda group: ' and '.join(dict.fromkeys(names[group])))
     return pd.DataFrame({'path': again.path, 'label': names[again.label], 'split': again.split, 'reason': [f'looks like {r.other}, the group is labelled {labels[r.group]}' for r in again.itertuples()]}).reset_index(drop=True)
 
+# %% ../../nbs/analysis/copies.ipynb #38e42b5d
 def say_near_copies(
     near: pd.DataFrame,  # from `near_copies`
     table: ImageTable,

@@ -26,6 +26,7 @@ def share_text(share: float) -> str:
     "A share in per cent; the small ones with a digit more, so that few is not nothing."
     return f'{share:.1%}' if 0 < share < 0.01 else f'{share:.0%}'
 
+# %% ../../nbs/analysis/counts.ipynb #985f604d
 def plot_counts(
     class_counts,  # training images of each class, shape (classes,)
     classes=None,  # names, shown when there are at most 60

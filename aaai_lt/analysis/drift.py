@@ -49,6 +49,7 @@ def drift_table(
 # %% ../../nbs/analysis/drift.ipynb #771906c3
 DRIFT_COLOURS = {'drifts': '#c44e52', 'as chance has it': '0.25', 'too few to tell': '0.75'}
 
+# %% ../../nbs/analysis/drift.ipynb #5269b200
 def plot_drift(
     drift: pd.DataFrame,  # from `drift_table`
     images: pd.Series,  # images of each split

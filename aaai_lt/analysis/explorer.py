@@ -67,6 +67,7 @@ def class_bands(table: ImageTable) -> np.ndarray:  # 'many' | 'medium' | 'few', 
 
 ORDERS = {'most images': ('images', False), 'fewest images': ('images', True), 'lowest accuracy': ('accuracy', True), 'most errors': ('errors', False)}
 
+# %% ../../nbs/analysis/explorer.ipynb #52b14cbe
 def class_rows(
     table: ImageTable,
     rows: pd.DataFrame,  # from `chosen_rows`
@@ -110,6 +111,7 @@ def thumbnail(
     "One image of a table for looking at."
     return decode(read_bytes(table.root, row.archive, row.path), max_pixels=10 ** 9, hint=size)
 
+# %% ../../nbs/analysis/explorer.ipynb #7e82da5d
 def image_line(
     axes,  # a row of axes
     table: ImageTable,
@@ -204,6 +206,7 @@ def as_png(fig: Figure) -> bytes:
     plt.close(fig)
     return file.getvalue()
 
+# %% ../../nbs/analysis/explorer.ipynb #3f2cbf20
 def make_bars(
     number: int,
     choose,  # called with the place of the bar that was clicked
@@ -216,6 +219,7 @@ def make_bars(
         return button
     return w.HBox([bar(i) for i in range(number)], layout=w.Layout(height='130px', width='100%', max_width='980px', align_items='flex-end', overflow='hidden')).add_class('aaai-lt-bars')
 
+# %% ../../nbs/analysis/explorer.ipynb #57d752ac
 def set_bars(
     bars,  # from `make_bars`
     rows: pd.DataFrame,  # of `class_rows`, one for each bar
@@ -244,6 +248,7 @@ def explorer_controls(
             'first': w.IntSlider(0, 0, max(len(table.classes) - bars, 0), description='bars from', continuous_update=False, layout=w.Layout(display=None if len(table.classes) > bars else 'none')),
             'classes': w.Select(rows=18, layout=w.Layout(width='230px')), 'words': w.HTML(), 'picture': w.Image(format='png', layout=w.Layout(max_width='960px', object_fit='contain'))}
 
+# %% ../../nbs/analysis/explorer.ipynb #f509737f
 def explore(
     table: ImageTable,  # scanned
     answers: pd.DataFrame = None,  # from `answers_of`: a run's answers
@@ -313,6 +318,7 @@ def record(
         finally: os.close(handle)
     except OSError as error: raise StorageError(error.errno, f'could not write {file}: {error.strerror}') from error
 
+# %% ../../nbs/analysis/explorer.ipynb #03e70e31
 def undecided(
     found: pd.DataFrame,  # from `suspects`
     file,  # the CSV of corrections, which need not exist yet

@@ -33,6 +33,7 @@ def winning_labels(
     second = weight.groupby('group').nth(1).set_index('group').weight.reindex(first.index, fill_value=0)
     return first.label.where((first.weight > 0) & (first.weight >= 2 * second), -1)
 
+# %% ../../nbs/analysis/noise.ipynb #9cd176b1
 def copy_suspects(
     table: ImageTable,  # scanned and split
     near: pd.DataFrame,  # from `near_copies` of that table
@@ -70,6 +71,7 @@ def confident_classes(
         out[a:a + chunk] = np.where(reached.max(1) >= 0, reached.argmax(1), -1)
     return out
 
+# %% ../../nbs/analysis/noise.ipynb #63e845bf
 def noise_counts(
     p: np.ndarray,  # shape (N, classes)
     labels: np.ndarray,  # shape (N,)
@@ -106,6 +108,7 @@ def contradicted(
     found = pd.concat(found).sort_values(['margin', 'row'], ascending=[False, True]).drop_duplicates('row')
     return found.row.to_numpy(), found.other.to_numpy()
 
+# %% ../../nbs/analysis/noise.ipynb #5f56f57b
 def label_suspects(
     predictions: Predictions,  # of the training split, out of the fold, with targets
 ) -> pd.DataFrame:  # SUSPECT_COLUMNS
@@ -144,6 +147,7 @@ def neighbour_distance(
         out[a:a + chunk] = 1 - np.partition(cosine, -k, axis=1)[:, -k:].mean(1)
     return out
 
+# %% ../../nbs/analysis/noise.ipynb #ea818ce3
 def outlier_suspects(
     predictions: Predictions,  # of the training split, out of the fold
     features: np.ndarray = None,  # of the same images, shape (N, D); by default the entropy of the answers
@@ -194,6 +198,7 @@ def suspicious(
     found = pd.concat([part for part in found if len(part)], ignore_index=True) if any(map(len, found)) else found[0]
     return found[found.rule.isin(rules)].drop_duplicates(['path', 'rule']).reset_index(drop=True)
 
+# %% ../../nbs/analysis/noise.ipynb #b0e64eed
 def fixes_of(
     table: ImageTable,
     found: pd.DataFrame,  # from `suspicious`
@@ -215,6 +220,7 @@ def fixes_of(
     rows.loc[keep, 'reason'] += '; spared by the floor'
     return rows[[*FIX_COLUMNS, 'rule', 'score', 'other', 'given', 'suggestion', 'reason']].assign(suggestion=names[rows.suggestion])
 
+# %% ../../nbs/analysis/noise.ipynb #c2cd3a82
 def clean(
     table: ImageTable,  # scanned and split
     near: pd.DataFrame = None,  # from `near_copies`
@@ -236,6 +242,7 @@ def write_fixes(
     if decisions: fixes = pd.concat([fixes, pd.read_csv(resolve(decisions), dtype=str, keep_default_na=False)], ignore_index=True)
     write_file(file, fixes.to_csv(index=False, float_format='%.4g'))
 
+# %% ../../nbs/analysis/noise.ipynb #6bb9bc03
 def cleaned_counts(
     table: ImageTable,
     fixes: pd.DataFrame,  # from `clean`
@@ -269,6 +276,7 @@ def plot_removals(
         if twins: image_line(axes[2 * i + 1], table, where.loc[part.other].assign(below=[str(table.classes[l]) for l in where.label[part.other]]), 'looks like')
     return fig
 
+# %% ../../nbs/analysis/noise.ipynb #5ee53c4c
 def to_review(
     fixes: pd.DataFrame,  # from `clean`
 ) -> pd.DataFrame:  # path, reason, suggestion
@@ -278,6 +286,7 @@ def to_review(
 # %% ../../nbs/analysis/noise.ipynb #bcbaacbd
 MADE_FOR = {'leak': (), 'conflict': ('duplicate',), 'copy': ('duplicate',), 'disagreement': ('symmetric', 'pairwise'), 'outlier': ('outsider',)}
 
+# %% ../../nbs/analysis/noise.ipynb #a031112d
 def judge_rules(
     found: pd.DataFrame,  # path and rule: from `suspicious`, or the dropped rows of `clean`
     truth: pd.DataFrame,  # path, label, kind: from `plant_noise`

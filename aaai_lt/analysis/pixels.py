@@ -19,6 +19,7 @@ from ..data.table import ImageTable
 # %% ../../nbs/analysis/pixels.ipynb #fe23ba1c
 LUMA = np.array([0.299, 0.587, 0.114], 'float32')
 
+# %% ../../nbs/analysis/pixels.ipynb #0c021c55
 def image_statistics(
     store: PixelStore,
     rows,  # of the store, shape (N,)

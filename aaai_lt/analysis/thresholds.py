@@ -95,6 +95,7 @@ def label_reliability(
     with np.errstate(invalid='ignore'): confidence, there = totals[1:] / totals[0]
     return pd.DataFrame({'low': np.arange(bins) / bins, 'high': np.arange(1, bins + 1) / bins, 'images': totals[0].astype('int64'), 'confidence': confidence, 'accuracy': there})
 
+# %% ../../nbs/analysis/thresholds.ipynb #9307d502
 def binned_labels(
     predictions: Predictions,
     bins: int,

@@ -73,7 +73,10 @@ SETTINGS = {  # name -> default
     'seeds': [0],  # a ladder for each; the first one's submission is in outputs/<name>
     'quick': False,  # the same ladder on a built-in set with the smallest networks, in a minute or two
 }
+
+# %% ../../nbs/challenge/ladder.ipynb #66aa0022
 NOT_OF_A_MEMBER = ('name', 'data', 'fixes', 'pseudo', 'test_fraction', 'seed', 'stages', 'quick', 'overwrite')
+
 CLEANING = {'by': 'probe', 'folds': 5, 'rules': list(RULES), 'share': 0.5, 'least': 5, 'relabel_above': 1.0}
 
 # %% ../../nbs/challenge/ladder.ipynb #52799b51
@@ -85,6 +88,7 @@ def pretrainer(settings: dict, member: str) -> str:
     "The member whose pre-training a member starts from: its own, or one that it shares."
     return settings['pretrain'][member] if isinstance(settings['pretrain'][member], str) else member
 
+# %% ../../nbs/challenge/ladder.ipynb #8a0eae6a
 def config_of(
     settings: dict,
     member: str,
@@ -106,6 +110,7 @@ def check_names(what: str, given, known) -> None:
     for name in given:
         if name not in known: raise ConfigError(f'{what}: unknown {name!r}: {nearest(name, known)}')
 
+# %% ../../nbs/challenge/ladder.ipynb #cbd7efd4
 def check_members(settings: dict) -> None:
     "Raises ConfigError if the members' settings are not those of training runs."
     if not settings['members']: raise ConfigError('members: one at least is needed, such as {swin: {model: swinv2_base_window12to24_192to384}}')
@@ -125,6 +130,7 @@ def check_members(settings: dict) -> None:
         if not config_of(settings, pretrainer(settings, member), 'pretrain').pretrain: raise ConfigError(f"pretrain: {member}: say how, such as {{pretrain: mae}}")
         if settings['members'][member].get('start') or settings['members'][member].get('pretrained'): raise ConfigError(f'members: {member} is to start from its pre-training, and from start or pretrained: the weights of those belong into pretrain')
 
+# %% ../../nbs/challenge/ladder.ipynb #5f3b4a2c
 def check_rounds(settings: dict) -> None:
     "Raises ConfigError if a round of pseudo-labels cannot be."
     parts = list(settings['parts']) or ['a', 'b']
@@ -147,6 +153,7 @@ def quick_settings(
     cleaning = settings['clean'] | {'folds': 2, 'by': 'probe'} if settings['clean'] else {}
     return settings | {'data': 'digits', 'parts': {}, 'rounds': rounds, 'soup': few, 'clean': cleaning, 'sample': ''}
 
+# %% ../../nbs/challenge/ladder.ipynb #b14fa36b
 def ladder_settings(
     **settings,  # of SETTINGS
 ) -> dict:  # all of them
@@ -172,6 +179,7 @@ def is_place(part: str) -> bool:
     try: return bool(resolve(part))
     except (FileNotFoundError, OSError): return False
 
+# %% ../../nbs/challenge/ladder.ipynb #4eaacf9e
 def divided(
     rows: pd.DataFrame,  # the test rows
     parts: dict,  # name -> condition; {}: two halves
@@ -187,6 +195,7 @@ def divided(
         found[fits] = name
     return found
 
+# %% ../../nbs/challenge/ladder.ipynb #89f7c2a6
 def seen_from(table: ImageTable, other: ImageTable) -> ImageTable:
     "Another table with its paths as the first table's root would name them."
     def moved(name): return Path(os.path.relpath(Path(other.root, name), table.root)).as_posix()
@@ -230,6 +239,7 @@ def in_store(
     splits = {name: Split(store.rows(part.path), part.label.to_numpy('int64', copy=True), part.path.to_numpy(object)) for name in names if len(part := table.split(name))}
     return Data(table, store, splits, table.counts('train'), {'val': not_held_out(table, 'val')}, config.input_size, data_hash(table))
 
+# %% ../../nbs/challenge/ladder.ipynb #0f5a3364
 def open_images(
     table: ImageTable,  # from `read_parts`
     config: Config,
@@ -254,6 +264,7 @@ def key_of(folder: Path) -> str:
     try: return json.loads((Path(folder)/'stage.json').read_text(encoding='utf-8'))['key']
     except (OSError, ValueError, KeyError): return ''
 
+# %% ../../nbs/challenge/ladder.ipynb #d2d9ce8d
 def set_aside(folder: Path, say=print) -> None:
     "Move a folder to <name>.old-<time>. Raises OSError."
     if not folder.exists(): return
@@ -262,6 +273,7 @@ def set_aside(folder: Path, say=print) -> None:
     DISK.rename(folder, aside)
     say(f'{folder.name}: what it is made from has changed; the old one is now {aside.name}')
 
+# %% ../../nbs/challenge/ladder.ipynb #a1f0b60d
 def stage(
     folder: Path,
     key: str,
@@ -281,6 +293,7 @@ def stage(
     say(f'{folder.name}: ' + ', '.join(f'{k} {v}' for k, v in facts.items()))
     return folder
 
+# %% ../../nbs/challenge/ladder.ipynb #f436e92f
 def sweep_stages(prefix: str) -> None:
     "Remove what a killed process left half made under outputs/."
     for left in [*(root()/'outputs').glob(f'.{prefix}-*.tmp'), *(root()/'outputs').glob(f'{prefix}-*/predictions/.*')]:
@@ -306,6 +319,7 @@ def trained(
     if run.finished: say(f'{run.name} is done'); return run
     return train_one(config, data, stop=stop, say=say)
 
+# %% ../../nbs/challenge/ladder.ipynb #04460937
 def answers(
     run: Run,
     data: Data,  # with the split
@@ -346,6 +360,7 @@ class Ladder:
     def prefix(self) -> str: return prefix_of(self.settings, self.seed)
     def folder(self, stage: str) -> Path: return root()/'outputs'/f'{self.prefix}-{stage}'
 
+# %% ../../nbs/challenge/ladder.ipynb #5b5ad5d4
 def open_ladder(
     settings: dict,  # from `ladder_settings`
     seed: int = None,  # of its seeds; the first
@@ -370,6 +385,7 @@ def pretrain_members(ladder: Ladder) -> None:
         run = trained(config, in_store(table, images.store, config, ('train', 'val')), ladder.stop, ladder.say)
         ladder.configs[member] = dataclasses.replace(ladder.configs[member], start=run.name)
 
+# %% ../../nbs/challenge/ladder.ipynb #e5c02518
 def train_members(
     ladder: Ladder,
     stage: str,  # its name, which the runs bear
@@ -412,6 +428,7 @@ def judge_training(
     features = features_of(run, data, device=run.config.device)
     return probe_out_of_fold(features, data, options['folds'], near), features
 
+# %% ../../nbs/challenge/ladder.ipynb #5b1b5027
 def clean_training(ladder: Ladder) -> None:
     "Which training images go, with rule, evidence and the floor for small classes: fixes.csv, which every later run reads."
     options, (member, run) = CLEANING | ladder.settings['clean'], next(iter(ladder.runs.items()))
@@ -465,6 +482,7 @@ def write_soup(
     write_json(folder/'summary.json', {'quick': ladder.settings['quick'], 'best_epoch': None, 'epochs': 0, 'seconds': 0.0, 'soup': 'uniform', 'val': summarise(table)})
     return {'members': len(members), 'best member': round(float(members.value.max()), 4), 'soup': round(summarise(table)['balanced_accuracy'], 4)}
 
+# %% ../../nbs/challenge/ladder.ipynb #f1ea5324
 def soup_members(ladder: Ladder) -> None:
     "Average the last epochs of the members that are to be averaged, and keep what validation prefers."
     for member in ladder.settings['soup']:
@@ -495,6 +513,7 @@ def blend_members(ladder: Ladder) -> dict:  # split -> Predictions
     add_rung(ladder, '+ blend', '', val=blended['val'], test=blended[ladder.parts[-1]], before=best)
     return blended
 
+# %% ../../nbs/challenge/ladder.ipynb #3837f91a
 def redistribute_labels(
     ladder: Ladder,
     blended: dict,  # from `blend_members`
@@ -514,6 +533,7 @@ def redistribute_labels(
     add_rung(ladder, '+ redistribution', '', test=test, labels=labels)
     return labels
 
+# %% ../../nbs/challenge/ladder.ipynb #e0fb49c1
 def write_submission(
     ladder: Ladder,
     predictions: Predictions,
@@ -565,6 +585,7 @@ def true_targets(
     found = np.array([position.get(plain_name(ladder.truth[path]), -1) if path in ladder.truth else -1 for path in ids])
     return found if (found >= 0).any() else None
 
+# %% ../../nbs/challenge/ladder.ipynb #483bf319
 def gain_interval(
     targets: np.ndarray,  # shape (N,)
     said: np.ndarray,  # classes, shape (N,)
@@ -578,6 +599,7 @@ def gain_interval(
     drawn = [random.integers(0, len(targets), len(targets)) for _ in range(rounds)]
     return tuple(np.percentile([value(targets[r], said[r]) - value(targets[r], before[r]) for r in drawn], (2.5, 97.5)))
 
+# %% ../../nbs/challenge/ladder.ipynb #8aad60d6
 def rung_table(
     ladder: Ladder,
 ) -> pd.DataFrame:  # a row for each rung of each member: values on validation and test, gain, low, high, says
@@ -608,6 +630,7 @@ def over_seeds(
     out['verdict'] = ['' if np.isnan(r.gain) else {'better': 'gain', 'worse': 'loss', 'not shown': 'no gain shown'}.get(v := verdict(r.gain, r.error, r.seeds), v) for r in out.itertuples()]
     return out.reset_index()
 
+# %% ../../nbs/challenge/ladder.ipynb #d827b1b7
 def plot_rungs(
     tables: dict,  # seed -> frame from `rung_table`
     value: str = '',

@@ -113,6 +113,7 @@ def resize(
     "To another size with antialiasing; nothing to do if it is the same."
     return images if images.shape[-1] == size else F.interpolate(images, (size, size), mode='bilinear', antialias=True, align_corners=False)
 
+# %% ../../nbs/data/augment.ipynb #dc9bc9fe
 def flipped(
     images: Tensor,  # shape (B, 3, H, W)
     u: Tensor,  # draws, columns 4 and 5 are used
@@ -175,6 +176,7 @@ def scramble(
     for _ in range(2): x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
+# %% ../../nbs/data/augment.ipynb #830f6c7d
 def pixel_noise(
     u: Tensor,  # draws, shape (B, 2): the noise of each image
     shape: tuple,  # of an image

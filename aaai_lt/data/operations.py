@@ -22,6 +22,7 @@ def column(
     "One number for each image, ready to be multiplied with it."
     return strength.float().to(images.device)[:, None, None, None]
 
+# %% ../../nbs/data/operations.ipynb #4248b56c
 def blend(
     images: Tensor,  # bytes
     other: Tensor,  # float32, what is blended in
@@ -74,6 +75,7 @@ MATRICES = {  # name -> function(strength (B,), height, width) -> the six number
     'rotate': lambda s, h, w: (torch.cos(torch.deg2rad(s)), -torch.sin(torch.deg2rad(s)), 0, torch.sin(torch.deg2rad(s)), torch.cos(torch.deg2rad(s)), 0),  # strength: degrees, counter-clockwise
 }
 
+# %% ../../nbs/data/operations.ipynb #cb7c7514
 def sample_affine(
     images: Tensor,  # bytes, (B, 3, H, W)
     name: str,  # of MATRICES
@@ -104,13 +106,19 @@ def cutout(
 
 # %% ../../nbs/data/operations.ipynb #cdc9e6b8
 SIGNED = ('shear_x', 'shear_y', 'translate_x', 'translate_y', 'rotate', 'brightness', 'color', 'contrast', 'sharpness')
+
 RANGES = {'identity': (0, 0), 'shear_x': (0, 0.3), 'shear_y': (0, 0.3), 'translate_x': (0, 150 / 331), 'translate_y': (0, 150 / 331), 'rotate': (0, 30), 'brightness': (0, 0.9), 'color': (0, 0.9),
     'contrast': (0, 0.9), 'sharpness': (0, 0.9), 'posterize': (8, 4), 'solarize': (255, 0), 'autocontrast': (0, 0), 'equalize': (0, 0), 'invert': (0, 0)}  # of torchvision's RandAugment and AutoAugment
+
 RAUG15 = {'autocontrast': (0, 0), 'equalize': (0, 0), 'invert': (0, 0), 'rotate': (0, 30), 'posterize': (0, 4), 'solarize': (0, 256), 'solarize_add': (0, 110), 'color': (-0.9, 0.9), 'contrast': (-0.9, 0.9),
     'brightness': (-0.9, 0.9), 'sharpness': (-0.9, 0.9), 'shear_x': (0, 0.3), 'shear_y': (0, 0.3), 'translate_x': (0, 0.45), 'translate_y': (0, 0.45), 'cutout': (0, 40)}
+
 INCREASING = {'autocontrast': (0, 0), 'equalize': (0, 0), 'invert': (0, 0), 'rotate': (0, 30), 'posterize': (4, 0), 'solarize': (256, 0), 'solarize_add': (0, 110), 'color': (0, 0.9), 'contrast': (0, 0.9),
     'brightness': (0, 0.9), 'sharpness': (0, 0.9), 'shear_x': (0, 0.3), 'shear_y': (0, 0.3), 'translate_x': (0, 0.45), 'translate_y': (0, 0.45)}  # of timm's RandAugment, in the set that grows with the level
+
 NAMES = tuple(dict.fromkeys([*RANGES, *RAUG15]))
+
+# %% ../../nbs/data/operations.ipynb #f19014bd
 AUTOAUGMENT = [  # the policy found for ImageNet: two operations, each (name, probability, strength of 9)
     tuple((name, float(p), float(s)) for name, p, s in (one.split() for one in pair.split(', '))) for pair in '''posterize .4 8, rotate .6 9
 solarize .6 5, autocontrast .6 0
@@ -152,6 +160,7 @@ def strengths(
     value = low.T + (high - low).T * share
     return np.where(whole, rounded(value), np.where(signed & (low.T == 0) & negative, -value, value))
 
+# %% ../../nbs/data/operations.ipynb #290941c3
 def plan(
     u: np.ndarray,  # random numbers in [0, 1), shape (B, 1 + 5 · rounds): a choice, then for each round choice, strength, sign, x, y
     policy: str,  # of POLICIES
@@ -169,7 +178,9 @@ def plan(
     which = np.where(level < pairs[:, :, 1], pairs[:, :, 0], NAMES.index('identity')).astype(int)
     return which, strengths(RANGES, which, pairs[:, :, 2], sign < 0.5)
 
+# %% ../../nbs/data/operations.ipynb #075d1abd
 POLICIES = ('randaugment', 'autoaugment', 'raug15', 'increasing')
+
 MOST_OPS = 13  # that the columns of `draws` suffice for
 
 # %% ../../nbs/data/operations.ipynb #e80a87cc

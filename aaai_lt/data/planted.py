@@ -43,6 +43,7 @@ def flip_labels(
     kind[any_other], kind[similar] = 'symmetric', 'pairwise'
     return new, kind
 
+# %% ../../nbs/data/planted.ipynb #c4143388
 def similar_classes(
     probabilities: np.ndarray,  # shape (N, classes)
     targets: np.ndarray,  # shape (N,)
@@ -64,6 +65,7 @@ def near_copy(
     image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=int(random.integers(50, 91)))
     return file.getvalue()
 
+# %% ../../nbs/data/planted.ipynb #9d21b8ff
 def drawn_outsider(
     like: Image.Image,  # whose size and colours it takes
     random: np.random.Generator,
@@ -110,6 +112,7 @@ def planted_bytes(
     if row.kind not in ('duplicate', 'outsider') or row.kind == 'duplicate' and row.Index % 3 == 0: return data
     return (near_copy if row.kind == 'duplicate' else outsider)(decode(data), random)
 
+# %% ../../nbs/data/planted.ipynb #5215f203
 def plant_noise(
     table: ImageTable,
     folder,  # to be made: labels.csv, images.zip, truth.csv

@@ -29,12 +29,14 @@ def read_pseudo(
     if missing := [c for c in ('path', 'label') if c not in rows]: raise DataError(f'{file.name} has no column {missing[0]!r}; path and label are expected')
     return rows[['path', 'label']].apply(lambda column: column.str.strip())
 
+# %% ../../nbs/data/pseudo.ipynb #2c184c71
 def plain_name(
     name,  # of a class, or a label that somebody wrote
 ) -> str:
     "A class name without leading zeros, so that `0012` is `12`."
     return str(int(name)) if str(name).isdecimal() else str(name).strip()
 
+# %% ../../nbs/data/pseudo.ipynb #5acdadc0
 def pseudo_indices(
     labels,  # class names
     classes,
@@ -73,6 +75,7 @@ def check_not_judged(
     caught = new[new.path.isin(held.path) | new.sha1.isin(held.sha1)]
     if len(caught): raise DataError(f'pseudo-labels: {len(caught)} of them are images of the {" or ".join(judged)} split, such as {caught.path.iloc[0]!r} (by name or by content): take them out; what a model is judged by must not train it')
 
+# %% ../../nbs/data/pseudo.ipynb #90ad2001
 def add_pseudo(
     table: ImageTable,  # scanned and split
     pseudo: pd.DataFrame,  # path, label (a class name): from `pseudo_labels` or `read_pseudo`

@@ -148,6 +148,7 @@ def label_matrix(
         matrix[np.repeat(np.arange(len(sets)), sizes), np.fromiter(chain.from_iterable(sets), 'int64', sizes.sum())] = value
     return matrix
 
+# %% ../../nbs/data/table.ipynb #41379e55
 def label_sets(
     rows: np.ndarray,  # images, ascending, such as the first part of `(matrix == 1).nonzero()`
     columns: np.ndarray,  # a class of each
@@ -187,6 +188,7 @@ def index_names(
 # %% ../../nbs/data/table.ipynb #cf5b8625
 MARKS = {'0': 0, '1': 1, '-1': -1, '0.0': 0, '1.0': 1, '-1.0': -1, '': -1}
 
+# %% ../../nbs/data/table.ipynb #60b1302d
 def label_columns(
     rows: pd.DataFrame,  # all as text
     roles: dict,  # from `find_columns`
@@ -430,6 +432,7 @@ def read_images(
 
 # %% ../../nbs/data/table.ipynb #9f4ea894
 FIX_COLUMNS = ['path', 'action', 'label']
+
 FIX_ACTIONS = ('accept', 'relabel', 'drop')
 
 def parse_label(
@@ -441,6 +444,7 @@ def parse_label(
     index = sorted(i for i, name in enumerate(table.classes) if name in names)
     return None if len(index) < len(names) else tuple(index) if table.multilabel else index[0]
 
+# %% ../../nbs/data/table.ipynb #d6a9c2ee
 def read_fixes(
     csv,  # path, action, label
     table: ImageTable,  # that they are about

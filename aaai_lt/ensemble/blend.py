@@ -191,6 +191,7 @@ def mean_precision(targets: np.ndarray, scores: np.ndarray) -> float:
     "Mean average precision over the classes with a positive."
     return float(np.nanmean(average_precision(targets, scores)))
 
+# %% ../../nbs/ensemble/blend.ipynb #5033b0a6
 MEASURES = {  # name -> (what of the scores it needs, from targets and probabilities; its value, from targets and that)
     'accuracy': (lambda targets, p: p.argmax(1), lambda targets, said: float((said == targets).mean())),
     'balanced_accuracy': (lambda targets, p: p.argmax(1), balanced),
@@ -198,6 +199,7 @@ MEASURES = {  # name -> (what of the scores it needs, from targets and probabili
     'log_loss': (lambda targets, p: -np.log(np.maximum(likelihood(targets, p), 1e-12)), true_log_loss),
 }
 
+# %% ../../nbs/ensemble/blend.ipynb #5c7961a3
 def likelihood(
     targets: np.ndarray,  # int64 (N,), or int8 (N, C)
     p: np.ndarray,  # probabilities, shape (N, C)
@@ -207,6 +209,7 @@ def likelihood(
     logs = np.log(np.maximum(truth_likelihoods(targets, p), 1e-12))
     return np.exp(np.where(targets >= 0, logs, 0).sum(1) / np.maximum((targets >= 0).sum(1), 1))
 
+# %% ../../nbs/ensemble/blend.ipynb #90cf8280
 def truth_likelihoods(
     targets: np.ndarray,  # 1, 0, -1, shape (N, C)
     p: np.ndarray,  # shape (N, C)

@@ -72,6 +72,7 @@ def member_data(
     if 'new' not in base.splits and split not in base.splits: raise DataError(f'{first.name} has no split {split!r}: {nearest(split, base.splits)}')
     return {view_of(first): base} | {view_of(run): in_view(base, run) for run in runs if view_of(run) != view_of(first)}
 
+# %% ../../nbs/ensemble/inference.ipynb #da22d12a
 def predict_members(
     runs: list,  # of Runs
     split: str = 'val',
@@ -144,6 +145,7 @@ def timed(
     seconds = clock() - began
     return seconds, [as_predictions(run, answer, in_order(images, run), split) for (images, own, _), answers in zip(loaded, logits) for run, answer in zip(own, answers)]
 
+# %% ../../nbs/ensemble/inference.ipynb #e45a6704
 def relative_changes(
     table: pd.DataFrame,  # of numbers
 ) -> pd.DataFrame:  # like it

@@ -33,6 +33,7 @@ def aligned(
 # %% ../../nbs/ensemble/pseudo.ipynb #15b0f508
 PSEUDO_RULES = ('value', 'median', 'quantile', 'agreement')
 
+# %% ../../nbs/ensemble/pseudo.ipynb #fe53d653
 def class_quota(
     said: np.ndarray,  # class of each image, shape (N,)
     score: np.ndarray,  # shape (N,)
@@ -49,6 +50,7 @@ def class_quota(
     rank[order] = np.arange(len(said)) - np.repeat(np.cumsum(counts) - counts, counts)
     return rank < quota[said]
 
+# %% ../../nbs/ensemble/pseudo.ipynb #3ace92ad
 def pseudo_labels(
     members,  # Predictions of unlabelled images, or a list of them from several models: their mean counts
     rule: str = 'value',  # of PSEUDO_RULES
@@ -90,6 +92,7 @@ def pseudo_report(
         **{f'{b} chosen': int((band == b).sum()) for b in BANDS}, **{f'{b} purity': right[band == b].mean() for b in BANDS},
         'imbalance before': imbalance_factor(before), 'imbalance after': imbalance_factor(before + added), 'gini before': gini(before), 'gini after': gini(before + added)}])
 
+# %% ../../nbs/ensemble/pseudo.ipynb #0ff20a67
 def rounds_report(
     rounds: list,  # of frames of one row, from `pseudo_report`
 ) -> pd.DataFrame:
@@ -114,6 +117,7 @@ def plot_purity(
     ax.annotate('median', (np.median(score), 0.02), (-3, 0), textcoords='offset points', ha='right', fontsize=8, color='0.4')
     ax.set(xlabel='threshold', ylim=(0, 1.03)), ax.spines[['top', 'right']].set_visible(False), ax.legend(frameon=False)
 
+# %% ../../nbs/ensemble/pseudo.ipynb #d507ea66
 def plot_balance(
     pseudo: pd.DataFrame,  # from `pseudo_labels`
     class_counts: np.ndarray,  # of the training split before, shape (classes,)
@@ -138,6 +142,7 @@ def write_pseudo(
     "Write path, label, score for `-p pseudo`. The truth, where it is known, is left out. Raises StorageError."
     write_file(file, pseudo[['path', 'label', 'score']].to_csv(index=False, float_format='%.6g'))
 
+# %% ../../nbs/ensemble/pseudo.ipynb #cf0b9196
 def annotation_lines(
     pseudo: pd.DataFrame,  # from `pseudo_labels`
     prefix: str = '',  # before each path, such as 'testa/'

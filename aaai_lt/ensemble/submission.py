@@ -52,6 +52,7 @@ def sample_order(predictions: Predictions, sample) -> np.ndarray:
     "Rows of the predictions in the sample's order; all of them without a sample. Raises DataError."
     return np.arange(len(predictions)) if sample is None else match_ids(sample.iloc[:, 0], predictions.ids)
 
+# %% ../../nbs/ensemble/submission.ipynb #4a6f6b6a
 def accv_rows(predictions: Predictions, labels: np.ndarray, sample) -> pd.DataFrame:
     "`filename,NNNN`. Raises DataError for a class that is no number of four digits, or two images of one name."
     if odd := next((c for c in predictions.classes if not (str(c).isdecimal() and int(c) < 10_000)), None): raise DataError(f'accv: class {odd!r} is no number from 0 to 9999')
@@ -61,6 +62,7 @@ def accv_rows(predictions: Predictions, labels: np.ndarray, sample) -> pd.DataFr
     codes = np.array([f'{int(c):04}' for c in predictions.classes], dtype=object)
     return pd.DataFrame({0: names if sample is None else sample.iloc[:, 0].tolist(), 1: codes[labels[rows]]})
 
+# %% ../../nbs/ensemble/submission.ipynb #0301deae
 def aicoss_rows(predictions: Predictions, labels: np.ndarray, sample) -> pd.DataFrame:
     "`img_id` and a probability for each class, columns as in the sample. Raises DataError."
     if predictions.meta['activation'] != 'sigmoid': raise DataError('aicoss wants a probability for each class by itself (sigmoid); these are shares of one (softmax)')

@@ -46,6 +46,7 @@ def bytes_of(numbers, bits: int):
     "Whole bytes that so many numbers of so many bits take."
     return -(-numbers * bits // 8)
 
+# %% ../../nbs/hardware/cost.ipynb #3f098240
 def memory_columns(
     rows: pd.DataFrame,  # from layer_rows
     weight_bits: int = 8,

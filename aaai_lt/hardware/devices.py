@@ -137,6 +137,7 @@ def draw_models(ax, positions: dict) -> None:
         ax.axvline(x, color='0.93', lw=0.8, zorder=0)
         ax.annotate(model, (x, 1), xycoords=('data', 'axes fraction'), xytext=(0, 2 + 9 * (i % 2)), textcoords='offset points', ha='center', va='bottom', fontsize=8, color='0.3')
 
+# %% ../../nbs/hardware/devices.ipynb #44f4484f
 def plot_against(
     rows: pd.DataFrame,  # published_latency, own rows, or both
     measures: tuple = ('macs', 'memory_kib'),  # of MEASURES

@@ -36,8 +36,10 @@ from ..training.run import Run
 
 # %% ../../nbs/hardware/export.ipynb #2b0eeed0
 INPUTS = {'': 'float32, normalised, (batch, 3, size, size)', 'nchw': 'uint8, (batch, 3, size, size)', 'nhwc': 'uint8, (batch, size, size, 3)'}
+
 OUTPUTS = {'': 'logits', 'softmax': 'probabilities, softmax', 'sigmoid': 'probabilities, sigmoid'}
 
+# %% ../../nbs/hardware/export.ipynb #45d0a4e0
 class Shipped(nn.Module):
     "A classifier with what stands before and behind it. Raises ConfigError."
     def __init__(self,
@@ -85,6 +87,7 @@ def clean_names(
     for node in graph.node: node.input[:] = [names.get(name, name) for name in node.input]
     for part in (proto, graph, *graph.node, *graph.input, *graph.value_info, *graph.output, *graph.initializer): del part.metadata_props[:]
 
+# %% ../../nbs/hardware/export.ipynb #f4377ebf
 def write_metadata(
     proto,  # onnx.ModelProto
     metadata: dict,  # plain values

@@ -142,6 +142,7 @@ def storage(tensor: Tensor) -> int:
     "The address of a tensor's storage, the same for all its views."
     return tensor.untyped_storage()._cdata
 
+# %% ../../nbs/hardware/graph.ipynb #683ff392
 class Recorder(TorchDispatchMode):
     "Notes each operation on activations while a model runs on the meta device."
     def __init__(self, model: nn.Module):

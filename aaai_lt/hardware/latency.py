@@ -39,6 +39,7 @@ class Candidate:
     float_file: Path
     int8_file: Path
 
+# %% ../../nbs/hardware/latency.ipynb #0d1223b4
 def candidate(
     model,  # a name (timm's or ours), a Run, or the name or folder of a run
     folder,  # where the ONNX files go; must stay while they are measured
@@ -82,6 +83,7 @@ def torch_backend(
         if device == 'cuda': torch.cuda.synchronize()
     return forward
 
+# %% ../../nbs/hardware/latency.ipynb #d83789a3
 def onnx_backend(
     candidate: Candidate,
     batch: int,
@@ -128,6 +130,7 @@ def make_ready(
         except Exception as error: cases[case] = ('failure', f'{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ""}')  # of whatever kind: the row says it
     return cases
 
+# %% ../../nbs/hardware/latency.ipynb #138f27b7
 def timed_rounds(
     cases: dict,  # case -> a function to be timed
     rounds: int,
@@ -164,6 +167,7 @@ def measure_latency(
     rows = [latency_row(*case, times.get(case), times.get((case[0], backends[0], case[2])), threads) | (dict(zip(('status', 'reason'), cases[case])) if case not in times else {'status': 'ok', 'reason': ''}) for case in cases]
     return pd.DataFrame(rows).assign(rounds=rounds, warmup=warmup, threads=threads)
 
+# %% ../../nbs/hardware/latency.ipynb #67629b22
 def latency_row(
     candidate: Candidate,
     backend: str,

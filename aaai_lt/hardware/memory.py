@@ -88,6 +88,7 @@ def draw_limit(ax, values, limit: float) -> None:
         ax.set_ylim(0, max(limit * 1.15, ax.get_ylim()[1]))
     ax.set_title(f'chip of {limit:,.0f} KiB: ' + (f'{over} of {len(values)} above' if over else 'all fit'), fontsize=9, loc='right', color='crimson')
 
+# %% ../../nbs/hardware/memory.ipynb #bd12aa44
 def draw_stages(ax, stages) -> None:
     "Names of the stages below the middle of their bars, with lines between them."
     starts = [i for i, s in enumerate(stages) if i == 0 or s != stages.iloc[i - 1]]

@@ -99,6 +99,7 @@ def image_batches(
     "Images of the store in small batches, as the model takes them."
     for a in range(0, len(rows), batch_size): yield model_images(torch.from_numpy(data.store[rows[a:a + batch_size]]), facts, preprocessing).numpy()
 
+# %% ../../nbs/hardware/quantize.ipynb #b6e91b06
 def calibration_rows(
     data: Data,
     count: int,
@@ -133,6 +134,7 @@ def calibrator(
     if not seen: raise DataError('no images to calibrate on')
     return made
 
+# %% ../../nbs/hardware/quantize.ipynb #428b7b79
 class OneBatch:
     "A calibration reader of one batch, so that nothing of earlier batches is kept."
     def __init__(self, inputs: dict): self.inputs = inputs
@@ -177,6 +179,7 @@ def quantise(
                         nodes_to_quantize=nodes, calibrate_method=ranges.calibration_method, calibration_cache_path=f'{folder}/ranges.json')
         return onnx.load(f'{folder}/int8.onnx')
 
+# %% ../../nbs/hardware/quantize.ipynb #ac433bfb
 def predict_onnx(
     model,  # path, bytes, onnx.ModelProto or a session
     batches,  # arrays in the form that the model takes
@@ -277,6 +280,7 @@ def chains(
         if other is not None and other.op_type == 'Conv' and only(other.input[1]): found.append((one, other))
     return found
 
+# %% ../../nbs/hardware/quantize.ipynb #1cdf33fe
 def equalised(
     model,  # onnx.ModelProto, from prepare_float
     rounds: int = 20,  # over all pairs
@@ -331,6 +335,7 @@ def parts(
     places = np.searchsorted(np.cumsum(counts), np.array(list(PARTS.values())) * counts.sum())
     return {'rms': float(rms)} | dict(zip(PARTS, (sizes[np.minimum(places, len(sizes) - 1)] / max(rms, 1e-30)).tolist()))
 
+# %% ../../nbs/hardware/quantize.ipynb #3f17bab6
 def spread(
     model,  # onnx.ModelProto, from prepare_float
     batches,  # arrays in the form that the model takes

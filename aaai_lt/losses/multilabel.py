@@ -54,6 +54,7 @@ def focused(
     weight = (-torch.expm1(log_p)).clamp(min=1e-12) ** gamma
     return -(weight.detach() if detach else weight) * log_p
 
+# %% ../../nbs/losses/multilabel.ipynb #e2d2d632
 def log_absent(
     z: Tensor,
     clip: float = 0.0,  # margin: below this probability a class counts as surely absent
@@ -82,6 +83,7 @@ class ASL(MultiLabelLoss):
         there, absent = focused(F.logsigmoid(z), self.gamma_pos, self.detach_weight), focused(log_absent(z, self.clip), self.gamma_neg, self.detach_weight)
         return self.reduce(torch.lerp(absent, there, target.to(z.dtype)), target)
 
+# %% ../../nbs/losses/multilabel.ipynb #4484cc20
 class BinaryFocal(ASL):
     "Focal loss on every label (Lin et al. 2017, equation 4)."
     allowed = MultiLabelLoss.allowed | {'gamma': '[0, inf)'}
@@ -105,6 +107,7 @@ def read_prior(
 # %% ../../nbs/losses/multilabel.ipynb #1ce6aced
 MODES = ('negative', 'ignore', 'ignore_normalize_classes', 'selective')
 
+# %% ../../nbs/losses/multilabel.ipynb #2982fed0
 def entry_weights(
     z: Tensor,  # logits (B, classes)
     known: Tensor,  # bool, (B, classes)

@@ -26,6 +26,7 @@ def depthwise(
     layers.add_module('bn', nn.BatchNorm2d(width))
     return layers
 
+# %% ../../nbs/models/cvt.ipynb #1de21fe6
 class ConvAttention(nn.Module):
     "Attention whose queries, keys and values are convolved before they are projected (Wu et al. 2021, section 3.2)."
     def __init__(self,
@@ -70,6 +71,7 @@ class ConvEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor: return self.norm(self.proj(images))  # (B, channels, H, W) -> (B, width, h, w)
 
+# %% ../../nbs/models/cvt.ipynb #f83eea29
 class Stage(nn.Module):
     "Tokens from a convolution, a class token if this stage has one, and blocks."
     def __init__(self,
@@ -164,9 +166,11 @@ VARIANTS = {  # widths, heads and blocks of the three stages, drop path of the l
     'cvt_21': ((64, 192, 384), (1, 3, 6), (1, 4, 16), 0.1, 224),
     'cvt_w24': ((192, 768, 1024), (3, 12, 16), (2, 2, 20), 0.3, 384),
 }
+
 default_cfgs = generate_default_cfgs({name: {'url': '', 'num_classes': 1000, 'input_size': (3, size, size), 'pool_size': None, 'crop_pct': 0.875 if size == 224 else 1.0, 'interpolation': 'bicubic', 'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225),
     'first_conv': 'stage0.patch_embed.proj', 'classifier': 'head'} for name, (*_, size) in VARIANTS.items()})
 
+# %% ../../nbs/models/cvt.ipynb #160d1351
 def create_cvt(
     name: str,  # of VARIANTS
     pretrained: bool = False,

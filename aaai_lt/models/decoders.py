@@ -19,6 +19,7 @@ def feed_forward_net(width: int, hidden: int, dropout: float) -> nn.Sequential:
     "What each token goes through by itself: W2 · dropout(relu(W1 · x))."
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width))
 
+# %% ../../nbs/models/decoders.ipynb #e5b0c3cf
 class DecoderLayer(nn.Module):
     "Queries, (B, Q, width) or the same (1, Q, width) for all images, gather from a memory (B, L, width); normalised after each addition (Vaswani et al. 2017, section 3.1)."
     def __init__(self,
@@ -128,6 +129,7 @@ def sine_positions(
     code = torch.cat([angle.sin(), angle.cos()], 1)  # of one coordinate, (side, width / 2)
     return torch.cat([code[:, None].expand(-1, side, -1), code[None].expand(side, -1, -1)], 2).flatten(0, 1)
 
+# %% ../../nbs/models/decoders.ipynb #3cd72b72
 def map_side(
     places: int,
 ) -> int:
@@ -139,6 +141,7 @@ def map_side(
 # %% ../../nbs/models/decoders.ipynb #63fabb57
 SEED_LIMIT = 2_000  # classes whose mixing layer still fits into memory: 10⁹ parameters at width 256
 
+# %% ../../nbs/models/decoders.ipynb #8502c861
 class Query2Label(nn.Module):
     "A query for each class, an encoder layer and two decoder layers (Liu et al. 2021, 2107.10834, section 3)."
     features = 'map'

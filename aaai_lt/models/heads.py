@@ -19,6 +19,7 @@ from .decoders import MLDecoder, Query2Label
 # %% ../../nbs/models/heads.ipynb #53fc6b9a
 NECK = {'reduction': '[0, inf)', 'activation': ('none', 'relu', 'gelu')}  # options of every head
 
+# %% ../../nbs/models/heads.ipynb #ff3281c1
 class LinearReduction(nn.Module):
     "Linear layer, batch normalisation, and if asked for an activation."
     def __init__(self,

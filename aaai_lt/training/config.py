@@ -197,6 +197,7 @@ BUILTIN_SETTINGS = {
     'aaai-profile': {'augment_options': {'hflip': 0.0}, 'input_size': 64},
 }
 
+# %% ../../nbs/training/config.ipynb #2b8a2ede
 def make_config(
     **settings,  # fields of Config
 ) -> Config:
@@ -211,9 +212,12 @@ def make_config(
 
 # %% ../../nbs/training/config.ipynb #0c264462
 QUICK_MODELS = {'repvgg': 'repvgg_s0', 'resnet': 'resnet10t', 'resnext': 'resnet10t', 'convnext': 'convnext_atto', 'mobilenet': 'mobilenetv3_small_050', 'efficientnet': 'mobilenetv3_small_050', 'tresnet': 'resnet10t', 'cvt': 'cvt_nano', 'vit_': 'vit_tiny_patch16_224', 'swinv2_': 'swinv2_tiny_window8_256'}
+
 QUICK_OPTIONS = {'vit_tiny_patch16_224': {'patch_size': 4, 'embed_dim': 64, 'depth': 2, 'num_heads': 4}, 'swinv2_tiny_window8_256': {'embed_dim': 32, 'depths': [1, 1], 'num_heads': [2, 4], 'window_size': 4}}
+
 QUICK_PRETRAIN = {'mae': {'width': 64, 'depth': 1, 'heads': 4}}
 
+# %% ../../nbs/training/config.ipynb #1f68198b
 def quick_config(
     config: Config,
 ) -> Config:
@@ -239,6 +243,7 @@ def config_hash(
     plain = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_HASHED}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
+# %% ../../nbs/training/config.ipynb #24ba6bd4
 def run_name(
     config: Config,
 ) -> str:

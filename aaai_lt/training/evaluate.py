@@ -142,6 +142,7 @@ def has_no_labels(path: Path) -> bool:
     entries = [e for e in os.scandir(path) if not e.name.startswith('.')] if path.is_dir() else []
     return any(e.is_file() and is_image_name(e.name) for e in entries) and not any(e.is_dir() for e in entries)
 
+# %% ../../nbs/training/evaluate.ipynb #cc8374ed
 def other_data(
     run: Run,
     data,  # a folder, a CSV or a list
@@ -277,6 +278,7 @@ def evaluation_folder(
     name = re.sub(r'[^\w.-]+', '-', f'{data.table.name}-{data.hash[:6]}') if split == 'new' else split
     return run.folder/'evaluate'/'-'.join([name, *([f'{size}px'] if size != run.data['input_size'] else []), *([tta] if tta else []), *([Path(weights).stem] if weights else [])])
 
+# %% ../../nbs/training/evaluate.ipynb #fbd16124
 def save_evaluation(
     folder: Path,  # from `evaluation_folder`
     predictions: Predictions,

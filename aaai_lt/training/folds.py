@@ -49,6 +49,7 @@ def take(
     "Some images of a split."
     return Split(split.rows[chosen], split.labels[chosen], split.ids[chosen])
 
+# %% ../../nbs/training/folds.ipynb #c46c1684
 def fold_data(
     data: Data,
     held: np.ndarray,  # bool, of the training images: who is left out and judged, shape (N,)
@@ -59,6 +60,7 @@ def fold_data(
     content = hashlib.sha256((data.hash + '\n' + '\n'.join(splits['val'].ids)).encode()).hexdigest()[:16]
     return dataclasses.replace(data, splits=splits, class_counts=np.bincount(splits['train'].labels, minlength=len(data.table.classes)), not_held_out={'val': []}, hash=content)
 
+# %% ../../nbs/training/folds.ipynb #3f655763
 def in_order(
     ids,  # of the training split, in its order
     parts: list,  # of Predictions, one for each fold
@@ -80,6 +82,7 @@ def groups_of(
     known = {} if near is None else dict(zip(near.path, near.group))
     return np.array([f'group {known[path]}' if path in known else path for path in ids], dtype=object)
 
+# %% ../../nbs/training/folds.ipynb #710affe2
 def out_of_fold(
     config: Config,  # of the training that is to be imitated
     folds: int = 3,

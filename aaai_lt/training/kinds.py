@@ -47,6 +47,7 @@ def judge_single(
     confusion = torch.bincount(targets * len(classes) + logits.argmax(1), minlength=len(classes) ** 2).view(len(classes), -1)
     return per_class(confusion.cpu().numpy(), classes, train_counts, not_held_out)
 
+# %% ../../nbs/training/kinds.ipynb #258f560d
 def judge_several(
     targets: Tensor,  # 1, 0, -1 (N, classes)
     logits: Tensor,  # (N, classes)
@@ -87,6 +88,7 @@ def check_kind(
     if table.multilabel and config.adjust_tau: raise ConfigError(f'adjust_tau={config.adjust_tau} moves the logits of classes that exclude each other, and {table.name} has {kind.words}: leave it at 0')
     if table.multilabel and config.head == 'arcface': raise ConfigError(f"head is 'arcface', whose margin belongs to the one class of an image, and {table.name} has {kind.words}: choose another")
 
+# %% ../../nbs/training/kinds.ipynb #4cc50f71
 def selected(
     config,  # a Config
     multilabel: bool,

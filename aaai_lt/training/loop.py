@@ -263,6 +263,7 @@ def gather_rows(
     parts = trainer.accelerator.gather(padded).split(sizes[0])
     return torch.cat([own if r == rank else part[:size] for r, (part, size) in enumerate(zip(parts, sizes))])
 
+# %% ../../nbs/training/loop.ipynb #7811b26b
 def batch_loss(
     trainer: Trainer,
     logits: Tensor,  # of this process
@@ -328,6 +329,7 @@ def pretrain_backward(
     detached = loss.detach().double()
     return torch.stack([detached, torch.zeros_like(detached), torch.ones_like(detached)]) * len(mine)
 
+# %% ../../nbs/training/loop.ipynb #411b443b
 @torch.no_grad()
 def pretrain_validation(
     trainer: Trainer,
@@ -347,6 +349,7 @@ def pretrain_validation(
     if not np.isfinite(loss): raise DivergedError(f'the error in validation is not finite after epoch {trainer.epoch + 1}')
     return {'val_loss': loss}
 
+# %% ../../nbs/training/loop.ipynb #eab22b31
 def finish_pretraining(
     trainer: Trainer,
 ) -> None:
@@ -404,6 +407,7 @@ def sync_buffers(model: nn.Module) -> None:
     "Running statistics as the first process has them; each has seen other batches."
     for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)
 
+# %% ../../nbs/training/loop.ipynb #1a8cd9c9
 def mean_loss(
     trainer: Trainer,
     logits: Tensor,  # of a whole split
@@ -417,6 +421,7 @@ def mean_loss(
         total += trainer.loss(logits[a:a + batch], labels if labels.ndim == 1 else labels.float()).double() * (1 if trainer.summed else len(labels))
     return float(total / len(split))
 
+# %% ../../nbs/training/loop.ipynb #d0c85614
 @torch.no_grad()
 def predict(
     trainer: Trainer,

@@ -23,6 +23,7 @@ def matrices(
     if scores.ndim != 2 or targets.shape != scores.shape: raise DataError(f'targets of shape {targets.shape} and scores of shape {scores.shape}: both must be (images, classes)')
     return targets, scores
 
+# %% ../../nbs/training/multilabel.ipynb #2266b07e
 def ranked_precision(
     positives: np.ndarray,  # scores, shape (P,); are sorted in place
     negatives: np.ndarray,  # scores, shape (M,); are sorted in place
@@ -103,6 +104,7 @@ def summarise_multilabel(
             'CF1': float(2 * precision * recall / max(precision + recall, 1e-12)) if len(seen) else None, 'OF1': float(2 * table.correct.sum() / (table.support.sum() + table.predicted.sum())) if len(seen) else None,
             'over': len(seen), 'classes': len(table), 'images': len(targets), **{band: mean(seen.average_precision[seen.band == band]) for band in BANDS}}
 
+# %% ../../nbs/training/multilabel.ipynb #422d0726
 def describe_multilabel(
     summary: dict,  # from `summarise_multilabel`
 ) -> str:
@@ -126,6 +128,7 @@ def resampled_precision(
     above, hits = np.cumsum(weights[order], 0)[last], np.cumsum(drawn, 0)[np.searchsorted(at, last, 'right') - 1]
     with np.errstate(invalid='ignore'): return (drawn * hits / np.maximum(above, 1)).sum(0) / drawn.sum(0)
 
+# %% ../../nbs/training/multilabel.ipynb #e85acbf6
 def map_interval(
     targets,  # 1, 0, -1, shape (N, C)
     scores,  # shape (N, C)

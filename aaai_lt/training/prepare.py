@@ -51,6 +51,7 @@ def look_at_data(
     table = scan(table, config.max_pixels, config.bad_images, config.workers, progress)
     return split_table(table, config.val_fraction, config.test_fraction, config.split_seed, config.group, config.tiny_classes)
 
+# %% ../../nbs/training/prepare.ipynb #76d826dc
 def training_table(
     table: ImageTable,  # from `look_at_data`
     config: Config,
@@ -59,6 +60,7 @@ def training_table(
     table = separate_copies(table)
     return cut_tail(table, config.imbalance_factor, config.split_seed, shape=config.tail) if config.imbalance_factor else table
 
+# %% ../../nbs/training/prepare.ipynb #deea2423
 def make_table(
     config: Config,
     progress: bool = True,
@@ -139,6 +141,7 @@ def describe_data(
         'not_held_out': data.not_held_out, 'hash': data.hash, 'multilabel': data.table.multilabel, 'input_size': data.input_size, 'store_size': data.store.pixels.shape[1],
         'mean': list(model.mean), 'std': list(model.std)}
 
+# %% ../../nbs/training/prepare.ipynb #6a117002
 def model_of(
     config: Config,
     num_classes: int,
@@ -148,6 +151,7 @@ def model_of(
     "The model that settings describe. Raises ConfigError."
     return make_model(config.model, num_classes, config.head, config.head_options, pretrained, input_size, config.standardize, **config.model_options)
 
+# %% ../../nbs/training/prepare.ipynb #150c617a
 def build_model(
     config: Config,
     data: Data,
@@ -155,4 +159,3 @@ def build_model(
     "The model of a run, its fresh weights decided by the seed. Raises ConfigError."
     torch.manual_seed(config.seed)
     return model_of(config, len(data.table.classes), data.input_size, config.pretrained)
-

@@ -36,6 +36,7 @@ def hidden_count(
     "How many are hidden: the share rounded up, at least one, never all."
     return min(max(math.ceil(patches * ratio - 1e-9), 1), patches - 1)
 
+# %% ../../nbs/training/pretrain.ipynb #a31b530f
 def random_masks(
     seed: int,
     epoch: int,  # -1 for the masks by which every epoch is judged
@@ -190,6 +191,7 @@ class SimMIM(Masked):
 # %% ../../nbs/training/pretrain.ipynb #9f8b1752
 PRETRAIN = {'mae': MAE, 'simmim': SimMIM}
 
+# %% ../../nbs/training/pretrain.ipynb #c585864d
 def check_pretraining(
     config: Config,
 ) -> None:
@@ -217,6 +219,7 @@ def fresh_positions(
     prefixes = positions.shape[1] - math.prod(backbone.patch_embed.grid_size)
     with torch.no_grad(): positions.copy_(F.pad(build_sincos2d_pos_embed(backbone.patch_embed.grid_size, backbone.num_features), (0, 0, prefixes, 0)))
 
+# %% ../../nbs/training/pretrain.ipynb #90fe63ec
 def pretraining_model(
     model: Classifier,  # whose backbone is to learn, with the weights that it begins with
     config: Config,
@@ -256,6 +259,7 @@ def reconstructions(
     if model.standardize: mean, std = 0.5, 0.2  # such images have no brightness of their own
     return (views * std + mean).clamp(0, 1)
 
+# %% ../../nbs/training/pretrain.ipynb #4259b6f5
 def plot_reconstruction(
     model,  # a Run of a pre-training, or a Masked model
     data: Data,
@@ -274,6 +278,7 @@ def plot_reconstruction(
         line[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=8)
     return fig
 
+# %% ../../nbs/training/pretrain.ipynb #96db693d
 def live_reconstruction(
     run: Run,  # of a pre-training, not necessarily begun
     data: Data,
@@ -308,6 +313,7 @@ def pooled_features(
         found.append((features[:, backbone.num_prefix_tokens:].mean(1) if features.ndim == 3 else backbone.forward_head(features, pre_logits=True)).float().cpu())
     return torch.cat(found).numpy()
 
+# %% ../../nbs/training/pretrain.ipynb #03680bad
 def linear_probe(
     model,  # a Run of a pre-training, or a model with a backbone
     data: Data,  # with labels

@@ -48,8 +48,10 @@ def check_start(
 
 # %% ../../nbs/training/stages.ipynb #c26e5854
 OF_THE_DATA = ('where', 'columns', 'pseudo', 'group', 'imbalance_factor')
+
 NOT_IN_A_STAGE = ('name', 'stages', 'quick', 'overwrite')
 
+# %% ../../nbs/training/stages.ipynb #4302316e
 def stage_configs(
     config: Config,
 ) -> list:  # of Configs
@@ -114,6 +116,7 @@ def prior_of(
         write_prior(evaluate(load_run(name), 'train'), file)
     return file
 
+# %% ../../nbs/training/stages.ipynb #8d9e1593
 def find_loss_options(
     config: Config,
 ) -> dict:
