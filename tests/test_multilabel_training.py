@@ -52,7 +52,7 @@ def test_settings_that_do_not_fit(home, images):
     with pytest.raises(ConfigError, match='for several labels an image, and digits has one.*cross_entropy'): prepare(make_config(data='digits', loss='bce'), False)
     with pytest.raises(ConfigError, match='choose balanced_accuracy'): prepare(make_config(data='digits', select='mAP'), False)
     assert not (home/'outputs').exists()  # nothing was written
-    assert quick_config(make_config(data='', loss='bce', quick=True)).data == 'digits-mosaic' and quick_config(make_config(data='', quick=True)).data == 'digits'
+    assert quick_config(make_config(data='', loss='bce', quick=True)).data == 'digits-mosaic:0.05' and quick_config(make_config(data='', quick=True)).data == 'digits'
 
 
 # -- a run, whole

@@ -256,4 +256,4 @@ def test_mixing_unknown_labels():
     ({'num_ops': 2.5}, 'whole number'), ({'magnitude': 31}, 'up to 30'), ({'magnitude': -1}, 'magnitude')])
 def test_option_errors(changes, message):
     with pytest.raises(ConfigError, match=message): augment_options('aicoss_weak', changes)
-    assert set(POLICIES) == {'randaugment', 'autoaugment', 'raug15'}
+    assert set(POLICIES) == {'randaugment', 'autoaugment', 'raug15', 'increasing'}
