@@ -114,7 +114,7 @@ def test_usual_decay_is_timms(name):
     model = zoo.make_model(name, 5)
     names = {id(p): n for n, p in model.named_parameters()}
     spared = [f'backbone.{n}' for n in getattr(model.backbone, 'no_weight_decay', set)()]  # a transformer's positions and class token
-    timms = {names[id(p)] for group in param_groups_weight_decay(model, 0.1, spared) if group['weight_decay'] for p in group['params']}
+    timms = {names[id(p)] for group in param_groups_weight_decay(model, 0.1, no_weight_decay_list=spared) if group['weight_decay'] for p in group['params']}
     assert decayed(model) == timms
 
 
