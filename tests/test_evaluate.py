@@ -184,7 +184,7 @@ def test_other_images_in_csv_with_splits_or_without_labels(run, tmp_path):
     data = other_data(run, tmp_path/'images'/'plain.csv', unlabelled=True, progress=False)
     assert len(data.splits['new']) == 4 and data.table.problems.reason.tolist() == ['missing']
     rows[['label']].to_csv(tmp_path/'images'/'no_paths.csv', index=False)
-    with pytest.raises(DataError, match='no column of paths'): other_data(run, tmp_path/'images'/'no_paths.csv', unlabelled=True, progress=False)
+    with pytest.raises(DataError, match='no column for path'): other_data(run, tmp_path/'images'/'no_paths.csv', unlabelled=True, progress=False)
 
 
 def test_foreign_weights_and_other_weights(run, tmp_path):
