@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
-TESTS := python -m pytest -n 2 --dist loadfile
+TESTS := python -m pytest -n 2 --dist loadgroup
 export PYTHONWARNINGS = ignore::DeprecationWarning
 
 .PHONY: help setup train test recipes slow lab docs check bench clean

@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     parser.addoption('--nb-flags', default='', help='nbdev test flags to run too, such as "slow gpu"')
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     slow, recipes = config.getoption('--slow'), config.getoption('--recipes')
     chosen, left = [], []
@@ -31,6 +32,8 @@ def pytest_collection_modifyitems(config, items):
         (chosen if fits else left).append(item)
     items[:] = sorted(chosen, key=lambda item: item.path.name not in LONG)  # first, so that two workers end together
     config.hook.pytest_deselected(items=left)
+    for item in items:  # a file's tests stay on one worker and share what they trained; notebooks share nothing
+        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture
