@@ -97,6 +97,6 @@ if __name__ == '__main__':
     order = [*losses, *heads, 'blend of three heads']
     rows = rows.assign(variant=pd.Categorical(rows.variant, order)).dropna(subset='variant').sort_values(['variant', 'seed']).astype({'variant': str})
     print(comparison_table(compare(rows, 'linear, bce')).to_string())
-    lone = max(rows[rows.head != 'all'].groupby('variant')['mAP'].mean()[[best, *heads]].items(), key=lambda pair: pair[1])
-    print(f'blend {rows[rows.head == "all"]["mAP"].mean():.2%} against its best member {lone[0]!r} {lone[1]:.2%}, means over {len(args.seeds)} seeds')
+    lone = max(rows[rows['head'] != 'all'].groupby('variant')['mAP'].mean()[[best, *heads]].items(), key=lambda pair: pair[1])
+    print(f'blend {rows[rows["head"] == "all"]["mAP"].mean():.2%} against its best member {lone[0]!r} {lone[1]:.2%}, means over {len(args.seeds)} seeds')
     print(comparison_table(compare(rows[rows.variant.isin([lone[0], 'blend of three heads'])], lone[0])).to_string())

@@ -2,7 +2,6 @@
 import hashlib
 import json
 import os
-import os
 import random
 import shutil
 import time
@@ -207,20 +206,51 @@ def test_the_parameters_of_the_notebook_are_the_settings():
     assert {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(text).body} == SETTINGS
 
 
+WINNERS = ['challenge.ipynb', '-f', str(ROOT/'nbs'/'recipes'/'accv_climb.yaml'), '-p', 'quick', 'True', '-p', 'name', 'q']
+
+
+def kill_kernel(home, stage):
+    "The quick climb under papermill, whose kernel is killed when that stage begins: papermill's exit code and output."
+    import psutil
+    from test_train import papermill
+    process = papermill(home, *WINNERS, wait=False)
+    while process.poll() is None and not list((home/'outputs').glob(f'*{stage}*')): time.sleep(0.02)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if 'ipykernel_launcher' in ' '.join(child.cmdline()): child.kill()
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
 def test_the_climb_of_the_winners_quick_by_papermill(home):
-    "Pre-training, four members, two rounds, soups, blend, redistribution; and again, which only reads."
+    "Pre-training, four members, two rounds, soups, blend, redistribution, though the kernel is killed on the way; and again, which only reads."
     from test_train import papermill, report
-    words = ['challenge.ipynb', '-f', str(ROOT/'nbs'/'recipes'/'accv_climb.yaml'), '-p', 'quick', 'True', '-p', 'name', 'q']
-    code, output = papermill(home, *words)
+    code, output = kill_kernel(home, 'train-swin')
+    assert code == 138 and 'Kernel died' in output, output[-3000:]  # papermill's own code for a dead kernel
+    assert not (home/'outputs'/'q-quick'/'submission.csv').exists(), 'the kill came too late to show anything'
+    code, output = papermill(home, *WINNERS)
     assert code == 0, output[-3000:]
     first = (home/'outputs'/'q-quick'/'submission.csv').read_bytes()
     text = report(home)
-    assert 'q-quick-pretrain-vit_ce' in text and '+ redistribution' in text and 'one seed' in text and len(first.splitlines()) == 356
+    assert 'q-quick-pretrain-vit_ce is done' in text and '+ redistribution' in text and 'one seed' in text and len(first.splitlines()) == 356
     runs = {p.parent.name: p.read_bytes() for p in (home/'outputs').glob('*/stage.json')}
-    code, output = papermill(home, *words)
+    code, output = papermill(home, *WINNERS)
     assert code == 0, output[-3000:]
     assert (home/'outputs'/'q-quick'/'submission.csv').read_bytes() == first and {p.parent.name: p.read_bytes() for p in (home/'outputs').glob('*/stage.json')} == runs
     assert 'epoch   1' not in report(home)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_kernel_leaves_no_trace(tmp_path):
+    "Killed in a round of pseudo-labels and continued: the submission of a climb that nobody killed, byte for byte."
+    from test_train import papermill
+    for name in ('killed', 'whole'): (tmp_path/name).mkdir()
+    assert kill_kernel(tmp_path/'killed', 'q-quick-a1-')[0] == 138
+    for name in ('killed', 'whole'):
+        code, output = papermill(tmp_path/name, *WINNERS)
+        assert code == 0, output[-3000:]
+    first, second = ((tmp_path/name/'outputs'/'q-quick'/'submission.csv').read_bytes() for name in ('killed', 'whole'))
+    assert first == second
 
 
 def test_over_seeds_is_the_rule_of_the_house():

@@ -1,4 +1,4 @@
-"Every recipe that ships is read by the settings' check, and runs with quick=True."
+"Every recipe that ships is read by the settings' check, and runs with quick=True; the mosaics at full length."
 import pytest
 from aaai_lt.challenge.ladder import ladder_settings
 from aaai_lt.core import packaged, recipe
@@ -28,6 +28,7 @@ def test_quick_recipe(name, home):
     assert 'quick run' in report(home)
 
 
+@pytest.mark.recipes
 def test_mosaics_reach_their_goal(home):
     "The recipe for several labels an image, in about a minute and a half of one core: 0.97 mAP on canvases of digits that training never saw."
     from aaai_lt.training.loop import train
