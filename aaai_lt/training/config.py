@@ -192,7 +192,7 @@ def check_together(
 
 # %% ../../nbs/training/config.ipynb #4fb30b3d
 BUILTIN_SETTINGS = {
-    'digits': {'augment_options': {'hflip': 0.0, 'rotate': 10.0}, 'input_size': 48, 'batch_size': 32, 'epochs': 40, 'lr': 1e-3, 'select': 'last'},
+    'digits': {'augment_options': {'hflip': 0.0, 'rotate': 20.0, 'shear': 20.0, 'scale': [0.5, 1.3], 'ratio': [0.7, 1.4]}, 'input_size': 48, 'batch_size': 32, 'epochs': 60, 'lr': 2e-3, 'select': 'last'},
     'digits-mosaic': {'model': 'test_resnet', 'loss': 'zlpr', 'augment': 'none', 'augment_options': {'rotate': 8.0, 'scale': [0.8, 1.2], 'ratio': [0.8, 1.25]}, 'input_size': 64, 'batch_size': 16, 'epochs': 14, 'lr': 4e-3, 'ema': 0.99},
     'aaai-profile': {'augment_options': {'hflip': 0.0}, 'input_size': 64},
 }
