@@ -5,7 +5,7 @@
   accuracy  the same network, images and budget: RepVGG, the target with searched scales (the search is a stage of its own, on the same
             training images), the target with the initial scales, and the plain network; seed by seed, resumable
 
-The budget of accuracy was written down before its first run: blocks 1, 2, 2, 1 of half the widths (0.7 M parameters), 64 px, 16 epochs (10
+The budget of accuracy was written down before its first run: blocks 1, 2, 2, 1 of half the widths (0.6 M parameters), 64 px, 16 epochs (10
 for the search), one thread; else the recipe of the traffic signs, and the authors' decay for RepVGG. Expected: target with searched scales
 within half a point of RepVGG, initial scales a little below, plain last. The runs stay, so that benchmarks/int8.py can quantise them.
 
