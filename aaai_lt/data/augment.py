@@ -139,8 +139,7 @@ def colour(
     images: Tensor,  # float32 in [0, 255], shape (B, 3, H, W)
     u: Tensor,  # draws, columns 8 to 10 are used
     options: dict,
-    mean: Tensor,  # of the normalisation, in [0, 1], shape (3,)
-    std: Tensor,
+    mean: Tensor, std: Tensor,  # of the normalisation, in [0, 1], shape (3,)
 ) -> Tensor:  # normalised, shape (B, 3, H, W)
     "Brightness, contrast, saturation (in this order) and normalisation."
     b, c, s = (1 + (2 * u[:, 8 + i] - 1) * options[k] for i, k in enumerate(('brightness', 'contrast', 'saturation')))
@@ -256,21 +255,16 @@ def augment_batch(
     targets: Tensor,  # int64 (B,); or (B, C): probabilities, or 1, 0, -1 for each label
     u: Tensor,  # `draws` on the same device
     options: dict,  # `augment_options`
-    input_size: int,
-    mean: Tensor,
-    std: Tensor,
-    num_classes: int,
+    input_size: int, mean: Tensor, std: Tensor, num_classes: int,
 ) -> tuple:  # (float32 images of shape (B, 3, input_size, input_size), targets: as they came, or (B, C) if mixed)
     "What the network sees of a batch in training."
     images = warp(pixels, u, options, input_size)
     if options['cutout'] or options['policy']: images = operate(images, u, options)
-    jitter = options['brightness'] or options['contrast'] or options['saturation']
-    images = colour(images, u, options, mean, std) if jitter else normalise(images, mean, std)
+    images = colour(images, u, options, mean, std) if any(options[k] for k in ('brightness', 'contrast', 'saturation')) else normalise(images, mean, std)
     if options['erase']: images = erase(images, u, options['erase'], options['erase_noise'])
-    if options['mixup'] or options['cutmix']:
-        targets = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets.float()
-        images, targets = mix(images, targets, u, options['mixup'], options['cutmix'])
-    return images, targets
+    if not (options['mixup'] or options['cutmix']): return images, targets
+    shares = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets.float()
+    return mix(images, shares, u, options['mixup'], options['cutmix'])
 
 # %% ../../nbs/data/augment.ipynb #aa67e656
 def eval_batch(
