@@ -61,7 +61,7 @@ def order_by_sets(
     paths,  # sorted before the shuffle
     random: np.random.Generator,
 ) -> np.ndarray:  # int64: the images, those with the same labels one after the other
-    "Images sorted by their sets of labels, those with the same set at random. The frequent classes come first in the comparison: they are drawn last and have the least left to choose from."
+    "Images sorted by their sets of labels, those with the same set at random; the frequent classes count first, since they are drawn last."
     order = np.argsort(np.asarray(paths).astype(str), kind='stable')[random.permutation(len(has))]
     sets = np.ascontiguousarray(np.packbits(has[order][:, np.argsort(-has.sum(0), kind='stable')], axis=1))
     return order[np.argsort(sets.view(f'V{sets.shape[1]}')[:, 0], kind='stable')]
