@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MATRICES', 'SIGNED', 'RANGES', 'RAUG15', 'INCREASING', 'NAMES', 'AUTOAUGMENT', 'POLICIES', 'MOST_OPS',
-           'column', 'blend', 'grey', 'sharpness', 'posterize', 'sample_affine', 'cutout', 'strengths', 'plan',
-           'apply_policy']
+           'column', 'blend', 'grey', 'sharpness', 'posterize', 'sample_affine', 'cutout', 'strengths', 'found_pairs',
+           'plan', 'apply_operation', 'apply_round', 'apply_policy']
 
 # %% ../../nbs/data/operations.ipynb #40b6310f
 import numpy as np
@@ -120,31 +120,16 @@ NAMES = tuple(dict.fromkeys([*RANGES, *RAUG15]))
 
 # %% ../../nbs/data/operations.ipynb #f19014bd
 AUTOAUGMENT = [  # the policy found for ImageNet: two operations, each (name, probability, strength of 9)
-    tuple((name, float(p), float(s)) for name, p, s in (one.split() for one in pair.split(', '))) for pair in '''posterize .4 8, rotate .6 9
-solarize .6 5, autocontrast .6 0
-equalize .8 0, equalize .6 0
-posterize .6 7, posterize .6 6
-equalize .4 0, solarize .2 4
-equalize .4 0, rotate .8 8
-solarize .6 3, equalize .6 0
-posterize .8 5, equalize 1 0
-rotate .2 3, solarize .6 8
-equalize .6 0, posterize .4 6
-rotate .8 8, color .4 0
-rotate .4 9, equalize .6 0
-equalize 0 0, equalize .8 0
-invert .6 0, equalize 1 0
-color .6 4, contrast 1 8
-rotate .8 8, color 1 2
-color .8 8, solarize .8 7
-sharpness .4 7, invert .6 0
-shear_x .6 5, equalize 1 0
-color .4 0, equalize .6 0
-equalize .4 0, solarize .2 4
-solarize .6 5, autocontrast .6 0
-invert .6 0, equalize 1 0
-color .6 4, contrast 1 8
-equalize .8 0, equalize .6 0'''.split('\n')]
+    tuple((name, float(p), float(s)) for name, p, s in (one.split() for one in pair.split(', ')))
+    for pair in '''posterize .4 8, rotate .6 9; solarize .6 5, autocontrast .6 0; equalize .8 0, equalize .6 0;
+posterize .6 7, posterize .6 6; equalize .4 0, solarize .2 4; equalize .4 0, rotate .8 8;
+solarize .6 3, equalize .6 0; posterize .8 5, equalize 1 0; rotate .2 3, solarize .6 8;
+equalize .6 0, posterize .4 6; rotate .8 8, color .4 0; rotate .4 9, equalize .6 0;
+equalize 0 0, equalize .8 0; invert .6 0, equalize 1 0; color .6 4, contrast 1 8;
+rotate .8 8, color 1 2; color .8 8, solarize .8 7; sharpness .4 7, invert .6 0;
+shear_x .6 5, equalize 1 0; color .4 0, equalize .6 0; equalize .4 0, solarize .2 4;
+solarize .6 5, autocontrast .6 0; invert .6 0, equalize 1 0; color .6 4, contrast 1 8;
+equalize .8 0, equalize .6 0'''.replace('\n', ' ').split('; ')]
 
 # %% ../../nbs/data/operations.ipynb #7c006bc8
 def strengths(
@@ -160,6 +145,15 @@ def strengths(
     value = low.T + (high - low).T * share
     return np.where(whole, rounded(value), np.where(signed & (low.T == 0) & negative, -value, value))
 
+# %% ../../nbs/data/operations.ipynb #f9ef3fc0
+def found_pairs(
+    choice: np.ndarray,  # random numbers in [0, 1), shape (B,): the pair of each image
+    chance: np.ndarray,  # shape (B, 2): whether each of its operations is done
+) -> tuple:  # (index into NAMES, share of the full strength), each of shape (B, 2)
+    "AutoAugment: one of the 25 pairs for each image, each operation with its own probability."
+    pairs = np.array([[(NAMES.index(name), p, s / 9) for name, p, s in pair] for pair in AUTOAUGMENT])[(choice * 25).astype(int)]
+    return np.where(chance < pairs[:, :, 1], pairs[:, :, 0], NAMES.index('identity')).astype(int), pairs[:, :, 2]
+
 # %% ../../nbs/data/operations.ipynb #290941c3
 def plan(
     u: np.ndarray,  # random numbers in [0, 1), shape (B, 1 + 5 · rounds): a choice, then for each round choice, strength, sign, x, y
@@ -174,14 +168,40 @@ def plan(
     if policy == 'raug15': return (which := drawn(list(RAUG15))), strengths(RAUG15, which, np.floor(level * 15) / 10, sign < 0.5, np.trunc)
     if policy == 'randaugment': return (which := drawn([name for name in RANGES if name != 'invert'])), strengths(RANGES, which, np.full(choice.shape, magnitude / 30), sign < 0.5)
     if policy == 'increasing': return np.where(u[:, 4::5][:, :rounds] < 0.5, which := drawn(list(INCREASING)), NAMES.index('identity')), strengths(INCREASING, which, (magnitude + 0.5 * ndtri(level)).clip(0, 10) / 10, sign < 0.5, np.ceil)
-    pairs = np.array([[(NAMES.index(name), p, s / 9) for name, p, s in pair] for pair in AUTOAUGMENT])[(u[:, 0] * 25).astype(int)]
-    which = np.where(level < pairs[:, :, 1], pairs[:, :, 0], NAMES.index('identity')).astype(int)
-    return which, strengths(RANGES, which, pairs[:, :, 2], sign < 0.5)
+    which, share = found_pairs(u[:, 0], level)
+    return which, strengths(RANGES, which, share, sign < 0.5)
 
 # %% ../../nbs/data/operations.ipynb #075d1abd
 POLICIES = ('randaugment', 'autoaugment', 'raug15', 'increasing')
 
 MOST_OPS = 13  # that the columns of `draws` suffice for
+
+# %% ../../nbs/data/operations.ipynb #d4d5935d
+def apply_operation(
+    images: Tensor,  # bytes, (n, 3, H, W)
+    name: str,  # of NAMES
+    strength: Tensor,  # float64, on the CPU, shape (n,)
+    place: Tensor,  # in [0, 1): where the box of `cutout` lies, shape (n, 2)
+    fill: int = 0,  # grey value of that box and outside of the image
+) -> Tensor:
+    "One operation on images that all get it."
+    if name in MATRICES: return sample_affine(images, name, strength, fill)
+    if name == 'cutout': return cutout(images, strength, place, torch.full((len(images), 3), fill, dtype=torch.uint8))
+    return COLOURS[name](images, strength)
+
+# %% ../../nbs/data/operations.ipynb #f5519c56
+def apply_round(
+    images: Tensor,  # bytes, (B, 3, H, W); changed in place
+    which: np.ndarray,  # operation of each image, index into NAMES, shape (B,)
+    strength: np.ndarray,  # float64, shape (B,)
+    place: np.ndarray,  # in [0, 1), shape (B, 2)
+    fill: int = 0,  # grey value outside of the image
+) -> None:
+    "One operation for each image; those that drew the same go through it together."
+    for n in np.setdiff1d(which, NAMES.index('identity')):
+        rows = np.flatnonzero(which == n)
+        at = torch.from_numpy(rows).to(images.device)
+        images[at] = apply_operation(images[at], NAMES[n], torch.from_numpy(strength[rows]), torch.from_numpy(place[rows]), fill)
 
 # %% ../../nbs/data/operations.ipynb #e80a87cc
 def apply_policy(
@@ -195,12 +215,6 @@ def apply_policy(
     if u.shape[1] < 1 + 5 * num_ops: raise ValueError(f'{num_ops} operations need {1 + 5 * num_ops} random numbers for each image; there are {u.shape[1]}')
     numbers = u.double().cpu().numpy()
     which, strength = plan(numbers, policy, num_ops, magnitude)
-    strength, images, fill = torch.from_numpy(strength), images.clone(), 128 if policy in ('raug15', 'increasing') else 0
-    for i in range(which.shape[1]):
-        for n in np.unique(which[:, i]):
-            rows, name = np.flatnonzero(which[:, i] == n), NAMES[n]
-            at, s = torch.from_numpy(rows).to(images.device), strength[rows, i]
-            if name in MATRICES: images[at] = sample_affine(images[at], name, s, fill)
-            elif name == 'cutout': images[at] = cutout(images[at], s, torch.from_numpy(numbers[rows, 4 + 5 * i:6 + 5 * i]), torch.full((len(at), 3), fill, dtype=torch.uint8))
-            elif name != 'identity': images[at] = COLOURS[name](images[at], s)
+    images, fill = images.clone(), 128 if policy in ('raug15', 'increasing') else 0
+    for i in range(which.shape[1]): apply_round(images, which[:, i], strength[:, i], numbers[:, 4 + 5 * i:6 + 5 * i], fill)
     return images

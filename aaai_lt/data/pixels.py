@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIZE', 'STORE_VERSION', 'to_square', 'store_bytes', 'check_room', 'PixelStore', 'store_key', 'open_store', 'sweep',
-           'write_store', 'build_store', 'leave_out']
+           'whole_folder', 'write_store', 'build_store', 'leave_out']
 
 # %% ../../nbs/data/pixels.ipynb #659d3081
 import hashlib
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,21 @@ def sweep(
         pid = left.name.split('.')[-2]
         if pid.isdecimal() and not Path(f'/proc/{pid}').exists() and Path('/proc').exists(): shutil.rmtree(left, ignore_errors=True)
 
+# %% ../../nbs/data/pixels.ipynb #b81ef1b9
+@contextmanager
+def whole_folder(
+    place: Path,  # to be made
+):  # yields the folder to write
+    "A folder beside its place that moves there when all is written, and goes if anything fails. If another process was first, its folder stays: what both write is the same."
+    beside = place.with_name(f'{place.name}.{time.monotonic_ns()}.{os.getpid()}.tmp')
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        try: DISK.rename(beside, place)
+        except OSError:
+            if not place.exists(): raise
+    finally: shutil.rmtree(beside, ignore_errors=True)
+
 # %% ../../nbs/data/pixels.ipynb #9740bb4b
 def write_store(
     table: ImageTable,
@@ -119,12 +135,11 @@ def write_store(
     size: int,
     how: str,
     max_pixels: int,
-    beside: Path,  # the folder to write
+    beside: Path,  # the folder to write, which is there
     workers: int = 0,
     progress: bool = True,
 ) -> dict:  # path -> [reason, detail], for images that could not be decoded
     "Decode every image into `beside`/pixels.npy."
-    beside.mkdir(parents=True)
     out = np.lib.format.open_memmap(beside/'pixels.npy', 'w+', 'uint8', (len(unique), size, size, 3))
     def put(job):
         row, archive, path = job
@@ -154,14 +169,9 @@ def build_store(
     place = folder/store_key(unique, size, how, max_pixels)
     if not place.exists():
         check_room(folder, store_bytes(len(unique), size))
-        beside = folder/f'{place.name}.{time.monotonic_ns()}.{os.getpid()}.tmp'
-        try:
+        with whole_folder(place) as beside:
             bad = write_store(table, unique, size, how, max_pixels, beside, workers, progress)
             write_json(beside/'meta.json', {'version': STORE_VERSION, 'size': size, 'how': how, 'paths': list(unique.path), 'bad': bad})
-            try: DISK.rename(beside, place)
-            except OSError:  # another process was first: its store is the same
-                if not place.exists(): raise
-        finally: shutil.rmtree(beside, ignore_errors=True)
     store = open_store(place)
     return store, leave_out(table, store.bad, bad_images)
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROBLEM_COLUMNS', 'IMAGE_SUFFIXES', 'SPLIT_NAMES', 'SEPARATORS', 'MARKS', 'COLUMN_NAMES', 'SEVERAL', 'FIX_COLUMNS',
-           'FIX_ACTIONS', 'ImageTable', 'summary_of_splits', 'natural_key', 'is_image_name', 'index_labels',
-           'label_matrix', 'label_sets', 'find_separator', 'index_names', 'label_columns', 'index_marks', 'read_folder',
-           'zip_members', 'find_archives', 'inside_folder', 'open_zip', 'read_bytes', 'find_columns', 'read_labels',
-           'table_from_rows', 'read_csv', 'read_list', 'move_labels', 'cut', 'read_images', 'parse_label', 'read_fixes',
-           'apply_fixes']
+           'FIX_ACTIONS', 'ImageTable', 'summary_of_splits', 'natural_key', 'is_image_name', 'fitting_names',
+           'index_labels', 'label_matrix', 'label_sets', 'find_separator', 'index_names', 'label_columns',
+           'index_marks', 'split_folders', 'list_folder', 'read_folder', 'zip_members', 'find_archives',
+           'inside_folder', 'open_zip', 'read_bytes', 'find_columns', 'read_labels', 'read_splits', 'own_columns',
+           'unusable_rows', 'table_from_rows', 'read_csv', 'read_list', 'move_labels', 'cut', 'read_images',
+           'parse_label', 'read_text_columns', 'read_fixes', 'apply_fixes']
 
 # %% ../../nbs/data/table.ipynb #c3bd6c6b
 import os
@@ -115,6 +116,15 @@ def is_image_name(name: str) -> bool:
     base = name.rsplit('/', 1)[-1]
     return not base.startswith('.') and base.lower().endswith(IMAGE_SUFFIXES)
 
+# %% ../../nbs/data/table.ipynb #70550435
+def fitting_names(
+    index: np.ndarray,  # class of each row
+    names,  # a name for each row
+) -> tuple:  # a name for each class in order, or nothing
+    "The names of the classes, if each class has one name and each name one class."
+    pairs = pd.DataFrame({'index': index, 'name': pd.Series(names).astype('string').to_numpy()}).drop_duplicates()
+    return tuple(pairs.sort_values('index').name) if pairs['index'].is_unique and pairs.name.is_unique else ()
+
 # %% ../../nbs/data/table.ipynb #138fd94d
 def index_labels(
     labels,  # one label for each row: text or numbers
@@ -128,11 +138,7 @@ def index_labels(
     if text.str.fullmatch(r'\d+').all(): text = text.astype('int64').astype('string')
     order = sorted(text.unique(), key=natural_key)
     index = text.map({label: i for i, label in enumerate(order)}).to_numpy('int64')
-    classes = tuple(order)
-    if names is not None:
-        pairs = pd.DataFrame({'index': index, 'name': pd.Series(names).astype('string').to_numpy()}).drop_duplicates()
-        if len(pairs) == len(classes) and pairs.name.is_unique: classes = tuple(pairs.sort_values('index').name)
-    return index, classes
+    return index, names is not None and fitting_names(index, names) or tuple(order)
 
 # %% ../../nbs/data/table.ipynb #2c484731
 def label_matrix(
@@ -212,26 +218,40 @@ def index_marks(
     matrix = np.stack([marks[c].fillna('').str.strip().map(MARKS).to_numpy('int8') for c in marks], 1)
     return tuple(label_sets(*(matrix == value).nonzero(), len(matrix)) for value in (1, -1))
 
+# %% ../../nbs/data/table.ipynb #34eab35d
+def split_folders(
+    folder: Path,
+) -> dict:  # name of each folder inside, in natural order -> its split, or '' if it is a class
+    "The folders in a folder. Raises DataError if some are splits and others are not."
+    tops = sorted((d.name for d in os.scandir(folder) if d.is_dir() and not d.name.startswith('.')), key=natural_key)
+    splits = {d: SPLIT_NAMES[d.lower()] for d in tops if d.lower() in SPLIT_NAMES}
+    if splits and len(splits) < len(tops):
+        raise DataError(f'{folder} holds both split folders ({", ".join(splits)}) and others ({", ".join(t for t in tops if t not in splits)}): move the others away, or name a CSV')
+    return {top: splits.get(top, '') for top in tops}
+
+# %% ../../nbs/data/table.ipynb #980ff45b
+def list_folder(
+    folder: Path,  # class folders, or split folders with class folders inside
+) -> pd.DataFrame:  # path, class_name, split; reason: why it is no image of a class, or ''
+    "Every file in a folder of class folders."
+    rows = []
+    for top, split in split_folders(folder).items():
+        for path in sorted((p for p in (folder/top).rglob('*') if p.is_file()), key=lambda p: natural_key(p.as_posix())):
+            inside = path.relative_to(folder/top if split else folder).parts
+            reason = 'outside a class folder' if len(inside) < 2 else '' if is_image_name(path.name) else 'not an image name'
+            rows.append((path.relative_to(folder).as_posix(), inside[0], split, reason))
+    return pd.DataFrame(rows, columns=['path', 'class_name', 'split', 'reason'])
+
 # %% ../../nbs/data/table.ipynb #6804d345
 def read_folder(
     folder,  # class folders, or train/ val/ test/ with class folders inside
 ) -> ImageTable:
     "Images in a folder for each class. Files without an image's suffix are listed as problems."
     folder = Path(folder)
-    tops = sorted((d.name for d in os.scandir(folder) if d.is_dir() and not d.name.startswith('.')), key=natural_key)
-    splits = {d: SPLIT_NAMES[d.lower()] for d in tops if d.lower() in SPLIT_NAMES}
-    if splits and len(splits) < len(tops):
-        raise DataError(f'{folder} holds both split folders ({", ".join(splits)}) and others ({", ".join(t for t in tops if t not in splits)}): move the others away, or name a CSV')
-    rows, problems = [], []
-    for top in tops:
-        for path in sorted((p for p in (folder/top).rglob('*') if p.is_file()), key=lambda p: natural_key(p.as_posix())):
-            inside = path.relative_to(folder/top if splits else folder)
-            if len(inside.parts) < 2 or not is_image_name(path.name):
-                reason = 'outside a class folder' if len(inside.parts) < 2 else 'not an image name'
-                problems.append((path.relative_to(folder).as_posix(), splits.get(top, ''), None, reason, '', 'ignored'))
-            else: rows.append((path.relative_to(folder).as_posix(), inside.parts[0], splits.get(top, '')))
-    if not rows: raise DataError(f'{folder} holds no images: a folder for each class with {", ".join(IMAGE_SUFFIXES)} files in it is expected')
-    frame = pd.DataFrame(rows, columns=['path', 'class_name', 'split'])
+    listed = list_folder(folder)
+    problems = [(r.path, r.split, None, r.reason, '', 'ignored') for r in listed[listed.reason != ''].itertuples()]
+    frame = listed[listed.reason == ''].drop(columns='reason')
+    if not len(frame): raise DataError(f'{folder} holds no images: a folder for each class with {", ".join(IMAGE_SUFFIXES)} files in it is expected')
     classes = tuple(sorted(frame.class_name.unique(), key=natural_key))
     frame.insert(1, 'archive', '')
     frame.insert(2, 'label', frame.class_name.map({c: i for i, c in enumerate(classes)}).astype('int64'))
@@ -311,10 +331,9 @@ def find_columns(
     if wrong := [k for k in given if k not in COLUMN_NAMES]: raise DataError(f'columns: unknown role {wrong[0]!r}: {nearest(wrong[0], [*COLUMN_NAMES, *SEVERAL])}')
     lower = {str(c).lower().strip(): c for c in reversed(available)}
     for role, names in COLUMN_NAMES.items():
-        if role in given:
-            if given[role] not in available: raise DataError(f'columns: no column {given[role]!r} for {role}: {nearest(given[role], available)}')
-            found[role] = given[role]
-        elif hit := next((lower[n] for n in names if n in lower and lower[n] not in found.values()), None): found[role] = hit
+        if role in given and given[role] not in available: raise DataError(f'columns: no column {given[role]!r} for {role}: {nearest(given[role], available)}')
+        hit = given.get(role, next((lower[n] for n in names if n in lower and lower[n] not in found.values()), None))
+        if hit is not None: found[role] = hit
         elif role in needed: raise DataError(f'no column for {role}: none of {", ".join(names)} among {", ".join(map(str, available))}. Give it, as in columns={{{role!r}: {str(available[0])!r}}}')
     return found
 
@@ -334,6 +353,39 @@ def read_labels(
     label, classes = index_names(rows[roles['label']], separator) if several else index_labels(rows[roles['label']], rows['class_name'] if 'class_name' in rows else None)
     return pd.DataFrame({'label': label}, rows.index), classes, several
 
+# %% ../../nbs/data/table.ipynb #2662e651
+def read_splits(
+    rows: pd.DataFrame,  # all as text
+    roles: dict,  # from `find_columns`
+    name: str,  # of the file, for the message
+) -> pd.Series:  # 'train', 'val', 'test', or '' where the data give none
+    "The split of each row. Raises DataError for a name that is none."
+    split = rows[roles['split']].fillna('').str.strip().str.lower() if 'split' in roles else pd.Series('', rows.index)
+    if wrong := sorted(set(split) - set(SPLIT_NAMES) - {''}): raise DataError(f'{name}: unknown split {wrong[0]!r} in column {roles["split"]!r}: {nearest(wrong[0], SPLIT_NAMES)}')
+    return split.map(lambda s: SPLIT_NAMES.get(s, ''))
+
+# %% ../../nbs/data/table.ipynb #bb76df54
+def own_columns(
+    rows: pd.DataFrame,  # all as text
+    used,  # columns that are none of these
+) -> pd.DataFrame:
+    "The data's own columns; those that hold numbers only as numbers."
+    extra = rows.drop(columns=[c for c in dict.fromkeys(used) if c in rows])
+    return extra.apply(lambda c: pd.to_numeric(c) if c.dropna().str.fullmatch(r'-?\d+(\.\d+)?').all() else c)
+
+# %% ../../nbs/data/table.ipynb #9bbf0d17
+def unusable_rows(
+    frame: pd.DataFrame,  # path, archive (none: nowhere), label, split
+    folder: Path,  # where they were looked for
+    name: str,  # of the file, for the message
+) -> tuple:  # (bool for each row, rows for the list of problems)
+    "Images that are nowhere, or listed twice in a split. Raises DataError if all of them are nowhere."
+    missing, repeated = frame.archive.isna(), frame.duplicated(['path', 'split'])
+    if missing.all(): raise DataError(f'{name}: none of its {len(frame):,} images exists; the first is {frame.path.iloc[0]!r}, looked for under {folder} and in the zips there')
+    problems = [(r.path, r.split, r.label, 'missing', f'not under {folder.name}/ nor in a zip there', 'left out') for r in frame[missing].itertuples()]
+    problems += [(r.path, r.split, r.label, 'listed twice', '', 'left out') for r in frame[repeated & ~missing].itertuples()]
+    return missing | repeated, problems
+
 # %% ../../nbs/data/table.ipynb #59484837
 def table_from_rows(
     rows: pd.DataFrame,  # all as text
@@ -344,21 +396,15 @@ def table_from_rows(
 ) -> ImageTable:
     "A table from rows of text: finds the files, indexes the labels, lists what is missing or repeated. An id is kept if each image has its own."
     labels, classes, several = read_labels(rows, roles, given or {})
-    split = rows[roles['split']].fillna('').str.strip().str.lower() if 'split' in roles else pd.Series('', rows.index)
-    if wrong := sorted(set(split) - set(SPLIT_NAMES) - {''}): raise DataError(f'{name}: unknown split {wrong[0]!r} in column {roles["split"]!r}: {nearest(wrong[0], SPLIT_NAMES)}')
+    split = read_splits(rows, roles, name)
     path = inside_folder(folder, rows[roles['path']].str.strip().str.removeprefix('./'))
-    frame = pd.DataFrame({'path': path, 'archive': find_archives(folder, path)}).join(labels).assign(split=split.map(lambda s: SPLIT_NAMES.get(s, '')))
+    frame = pd.DataFrame({'path': path, 'archive': find_archives(folder, path)}).join(labels).assign(split=split)
     if 'id' in roles and rows[roles['id']].notna().all() and rows[roles['id']].nunique() == path.nunique(): frame['id'] = rows[roles['id']].str.strip()
     else: roles = {k: v for k, v in roles.items() if k != 'id'}
-    used = [*roles.values(), 'archive', *(classes if several and 'label' not in roles else given.get('labels', ()) if given else ())]
-    extra = rows.drop(columns=[c for c in dict.fromkeys(used) if c in rows])
-    extra = extra.apply(lambda c: pd.to_numeric(c) if c.dropna().str.fullmatch(r'-?\d+(\.\d+)?').all() else c)
+    extra = own_columns(rows, [*roles.values(), 'archive', *(classes if several and 'label' not in roles else (given or {}).get('labels', ()))])
     frame = frame.join(extra.rename(columns={c: f'{c}_text' for c in frame}))
-    missing, repeated = frame.archive.isna(), frame.duplicated(['path', 'split'])
-    problems = [(r.path, r.split, r.label, 'missing', f'not under {folder.name}/ nor in a zip there', 'left out') for r in frame[missing].itertuples()]
-    problems += [(r.path, r.split, r.label, 'listed twice', '', 'left out') for r in frame[repeated & ~missing].itertuples()]
-    if missing.all(): raise DataError(f'{name}: none of its {len(frame):,} images exists; the first is {path.iloc[0]!r}, looked for under {folder} and in the zips there')
-    return ImageTable(frame, classes, folder, folder.name, multilabel=several).with_frame(frame[~missing & ~repeated], problems)
+    unusable, problems = unusable_rows(frame, folder, name)
+    return ImageTable(frame, classes, folder, folder.name, multilabel=several).with_frame(frame[~unusable], problems)
 
 # %% ../../nbs/data/table.ipynb #b3ebf5ce
 def read_csv(
@@ -444,6 +490,17 @@ def parse_label(
     index = sorted(i for i, name in enumerate(table.classes) if name in names)
     return None if len(index) < len(names) else tuple(index) if table.multilabel else index[0]
 
+# %% ../../nbs/data/table.ipynb #a03ed39f
+def read_text_columns(
+    file: Path,  # a CSV
+    columns: list,  # that it must have
+) -> pd.DataFrame:  # these, as text without blanks around
+    "Columns of a CSV as text. Raises DataError."
+    try: rows = pd.read_csv(file, dtype='string', keep_default_na=False, encoding='utf-8-sig')
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error: raise DataError(f'{file} is not a CSV of {", ".join(columns)}: {error}') from error
+    if missing := [c for c in columns if c not in rows]: raise DataError(f'{file.name} has no column {missing[0]!r}; {", ".join(columns[:-1])} and {columns[-1]} are expected')
+    return rows[columns].apply(lambda column: column.str.strip())
+
 # %% ../../nbs/data/table.ipynb #d6a9c2ee
 def read_fixes(
     csv,  # path, action, label
@@ -451,10 +508,7 @@ def read_fixes(
 ) -> pd.DataFrame:  # path, action, label: the last decision on each path
     "Decisions on images, checked against the table. Raises DataError naming the row, FileNotFoundError."
     file = resolve(csv)
-    try: rows = pd.read_csv(file, dtype='string', keep_default_na=False, encoding='utf-8-sig')
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error: raise DataError(f'{file} is not a CSV of path, action, label: {error}') from error
-    if missing := [c for c in FIX_COLUMNS if c not in rows]: raise DataError(f'{file.name} has no column {missing[0]!r}; path, action and label are expected')
-    rows = rows[FIX_COLUMNS].apply(lambda column: column.fillna('').str.strip())
+    rows = read_text_columns(file, FIX_COLUMNS).fillna('')
     relabel = rows.action == 'relabel'
     for column, wrong, known in (('action', ~rows.action.isin(FIX_ACTIONS), FIX_ACTIONS), ('path', ~rows.path.isin(table.frame.path) & ~rows.path.isin(table.problems.path), table.frame.path), ('label', relabel & rows.label.map(lambda text: parse_label(table, text) is None), table.classes)):
         if wrong.any():

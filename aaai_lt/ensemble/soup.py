@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['member_files', 'read_member', 'check_shapes', 'Average', 'reestimate_bn', 'training_batches', 'soup_value', 'filled',
-           'cook', 'owner', 'soup']
+           'add_greedily', 'cook', 'owner', 'adopt_soup', 'soup']
 
 # %% ../../nbs/ensemble/soup.ipynb #8ebc980b
 import dataclasses
@@ -134,6 +134,20 @@ def filled(
     if data: reestimate_bn(model, training_batches(run, data))
     return model
 
+# %% ../../nbs/ensemble/soup.ipynb #128b2d6f
+def add_greedily(
+    pot: Average,  # empty; what helps is added
+    rows: list,  # a dict for each member: file, value; in_soup is filled in
+    run: Run, data: Data, device: str,
+) -> None:
+    "Members in the order of their value, each kept if the soup is then at least as good."
+    best = -np.inf
+    for row in sorted(rows, key=lambda row: -row['value']):
+        state = read_member(row['file'])
+        value = soup_value(run, filled(run, pot.mean(state), data), data, device) if pot.count else row['value']
+        row['in_soup'] = value >= best
+        if row['in_soup']: pot.add(state, row['file'].name); best = value
+
 # %% ../../nbs/ensemble/soup.ipynb #8043fe16
 def cook(
     files: list,  # of weights
@@ -148,12 +162,7 @@ def cook(
         check_shapes(expected, state := read_member(file), file.name)
         if not greedy: pot.add(state, file.name)
         rows.append({'file': file, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest(), 'value': soup_value(run, filled(run, state), data, device), 'in_soup': not greedy})
-    best = -np.inf
-    for row in sorted(rows, key=lambda row: -row['value']) if greedy else ():
-        state = read_member(row['file'])
-        value = soup_value(run, filled(run, pot.mean(state), data), data, device) if pot.count else row['value']
-        row['in_soup'] = value >= best
-        if row['in_soup']: pot.add(state, row['file'].name); best = value
+    if greedy: add_greedily(pot, rows, run, data, device)
     return filled(run, pot.mean(), data if pot.count > 1 else None), pd.DataFrame(rows)
 
 # %% ../../nbs/ensemble/soup.ipynb #68812294
@@ -162,6 +171,21 @@ def owner(file: Path) -> Run:
     for folder in file.parents:
         if (folder/'config.yaml').is_file(): return Run(folder)
     raise ConfigError(f'{file} lies in no run, and the first member says what the model is: name a run first, or make one of the file with adopt_weights')
+
+# %% ../../nbs/ensemble/soup.ipynb #de78cae7
+def adopt_soup(
+    made: Run,  # to be filled
+    model: nn.Module,
+    members: pd.DataFrame,  # from `cook`
+    facts: dict,  # for the summary; its `members` are the files' names
+    config: dict,  # its settings
+) -> None:
+    "The folder of a soup: its weights evaluated like any adopted ones, and members.csv."
+    made.folder.mkdir(parents=True, exist_ok=True)
+    write_file(made.folder/'soup.safetensors', tensor_bytes(model.state_dict()))
+    write_file(made.folder/'members.csv', members.assign(file=facts['members']).to_csv(index=False))
+    adopt_weights(made.folder/'soup.safetensors', False, facts, **config | {'stages': [], 'overwrite': False})
+    (made.folder/'soup.safetensors').unlink()  # best.safetensors has the same content
 
 # %% ../../nbs/ensemble/soup.ipynb #566f596b
 def soup(
@@ -179,12 +203,7 @@ def soup(
     if made.finished:
         if (there := {k: made.summary.get(k) for k in facts}) != facts: raise ConfigError(f'a run {name!r} is there already, and it is not this soup ({there}): choose another name')
         return made
-    data = run_data(first, progress=False)
-    model, table = cook(files, first, data, greedy, device)
-    made.folder.mkdir(parents=True, exist_ok=True)
-    write_file(made.folder/'soup.safetensors', tensor_bytes(model.state_dict()))
-    write_file(made.folder/'members.csv', table.assign(file=facts['members']).to_csv(index=False))
-    adopt_weights(made.folder/'soup.safetensors', False, facts, **dataclasses.asdict(first.config) | {'name': name, 'stages': [], 'overwrite': False})
-    (made.folder/'soup.safetensors').unlink()  # best.safetensors has the same content
+    model, table = cook(files, first, run_data(first, progress=False), greedy, device)
+    adopt_soup(made, model, table, facts, dataclasses.asdict(first.config) | {'name': name})
     say(f"{name}: {facts['soup']} soup of {table.in_soup.sum()} of {len(files)} members, best member {table.value.max():.2%}" + (f", soup {made.summary['val']['balanced_accuracy']:.2%}" if 'val' in made.summary else ''))
     return made

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME_FORMS', 'FORMATS', 'match_ids', 'Format', 'sample_order', 'accv_rows', 'aicoss_rows', 'map_plain', 'plain_rows',
-           'check_rows', 'zip_bytes', 'read_sample', 'submit']
+           'check_values', 'check_rows', 'zip_bytes', 'read_sample', 'submit']
 
 # %% ../../nbs/ensemble/submission.ipynb #303cfa5a
 import io
@@ -88,6 +88,18 @@ def plain_rows(predictions: Predictions, labels: np.ndarray, sample) -> pd.DataF
 # %% ../../nbs/ensemble/submission.ipynb #c591b0a6
 FORMATS = {'accv': Format(accv_rows, header=False, zipped=True), 'aicoss': Format(aicoss_rows), 'plain': Format(plain_rows), 'aaai': Format(plain_rows)}
 
+# %% ../../nbs/ensemble/submission.ipynb #faf6f293
+def check_values(
+    frame: pd.DataFrame,  # a column of names, then the class or the probabilities
+    classes: tuple,
+) -> None:
+    "Raises DataError for an empty value, an image listed twice, a probability out of range, or a class that is none."
+    if frame.isna().any(axis=None): raise DataError(f'the submission has an empty value in row {int(np.flatnonzero(frame.isna().any(axis=1))[0]) + 1}')
+    if frame.iloc[:, 0].duplicated().any(): raise DataError(f'the submission lists {frame.iloc[:, 0][frame.iloc[:, 0].duplicated()].iloc[0]!r} twice')
+    values = frame.iloc[:, 1:]
+    if values.shape[1] > 1 and not ((values.to_numpy() >= 0) & (values.to_numpy() <= 1)).all(): raise DataError('the submission has a probability outside 0 to 1')
+    if values.shape[1] == 1 and (odd := set(map_plain(values.iloc[:, 0])) - set(map_plain(classes))): raise DataError(f'the submission says {sorted(odd)[0]!r}, which is no class')
+
 # %% ../../nbs/ensemble/submission.ipynb #e0f0f081
 def check_rows(
     frame: pd.DataFrame,
@@ -96,11 +108,7 @@ def check_rows(
     header: bool = True,
 ) -> None:
     "Raises DataError naming what is not as the sample has it, or out of range."
-    if frame.isna().any(axis=None): raise DataError(f'the submission has an empty value in row {int(np.flatnonzero(frame.isna().any(axis=1))[0]) + 1}')
-    if frame.iloc[:, 0].duplicated().any(): raise DataError(f'the submission lists {frame.iloc[:, 0][frame.iloc[:, 0].duplicated()].iloc[0]!r} twice')
-    values = frame.iloc[:, 1:]
-    if values.shape[1] > 1 and not ((values.to_numpy() >= 0) & (values.to_numpy() <= 1)).all(): raise DataError('the submission has a probability outside 0 to 1')
-    if values.shape[1] == 1 and (odd := set(map_plain(values.iloc[:, 0])) - set(map_plain(classes))): raise DataError(f'the submission says {sorted(odd)[0]!r}, which is no class')
+    check_values(frame, classes)
     if sample is None: return
     if header and list(frame.columns) != list(sample.columns): raise DataError(f'the header is {", ".join(map(str, frame.columns[:4]))} …, and the sample has {", ".join(map(str, sample.columns[:4]))} …')
     if frame.shape[1] != sample.shape[1]: raise DataError(f'the submission has {frame.shape[1]} columns, the sample {sample.shape[1]}')

@@ -29,10 +29,7 @@ def depthwise(
 # %% ../../nbs/models/cvt.ipynb #1de21fe6
 class ConvAttention(nn.Module):
     "Attention whose queries, keys and values are convolved before they are projected (Wu et al. 2021, section 3.2)."
-    def __init__(self,
-        width: int,
-        heads: int,
-    ):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.conv_proj_q, self.conv_proj_k, self.conv_proj_v = depthwise(width, 1), depthwise(width, 2), depthwise(width, 2)

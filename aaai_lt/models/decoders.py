@@ -46,8 +46,7 @@ class DecoderLayer(nn.Module):
 class EncoderLayer(nn.Module):
     "Tokens (B, L, width) attend to each other; normalised after each addition (Vaswani et al. 2017, section 3.1)."
     def __init__(self,
-        width: int,
-        heads: int,
+        width: int, heads: int,
         feed_forward: int,  # hidden width of the two linear layers
         dropout: float,
     ):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODES', 'VARIANTS', 'NAMES', 'default_cfgs', 'MEANING', 'SCALE', 'merge_kernel', 'initial_scale', 'Scale',
-           'RepOptBlock', 'repopt_blocks', 'replace_blocks', 'create_repopt', 'extract_scales', 'save_scales',
-           'read_scales', 'apply_scales', 'multiply_updates']
+           'kernel_multiplier', 'RepOptBlock', 'repopt_blocks', 'replace_blocks', 'create_repopt', 'released_name',
+           'extract_scales', 'save_scales', 'read_scales', 'check_scales', 'apply_scales', 'multiply_updates']
 
 # %% ../../nbs/models/repopt.ipynb #d14ece23
 import re
@@ -56,6 +56,18 @@ class Scale(nn.Module):
         if trained: self.weight = nn.Parameter(weight)
         else: self.register_buffer('weight', weight)
 
+# %% ../../nbs/models/repopt.ipynb #75fe5aca
+def kernel_multiplier(
+    kernel: Tensor,  # shape (out, in, 3, 3)
+    scale_conv: Tensor, scale_1x1: Tensor, scale_identity: Tensor | None,  # as of `merge_kernel`
+    power: int,  # 2 for SGD, 1 for AdamW
+) -> Tensor:  # like the kernel, in its memory layout
+    "What the kernel's gradient (SGD) or update (AdamW) is multiplied by (Ding et al. 2022, rule of iteration; with absolute values, which AdamW needs)."
+    one = kernel.detach().new_ones(())
+    identity = None if scale_identity is None else torch.ones_like(scale_identity)
+    merged = merge_kernel(one.expand_as(kernel), one.expand(*kernel.shape[:2], 1, 1), scale_conv.abs() ** power, scale_1x1.abs() ** power, identity)
+    return torch.empty_like(kernel).copy_(merged)
+
 # %% ../../nbs/models/repopt.ipynb #34252656
 class RepOptBlock(nn.Module):
     "ReLU(BN(one 3 × 3 convolution)), whose kernel is a weight (target) or made of branches (hs, csla); behind it the squeeze and excitation of the block it replaces, if any."
@@ -81,14 +93,7 @@ class RepOptBlock(nn.Module):
     def kernel(self) -> Tensor:
         return self.conv.weight if self.mode == 'target' else merge_kernel(self.conv.weight, self.conv_1x1.weight, *self.scales())
 
-    def multiplier(self,
-        power: int,  # 2 for SGD, 1 for AdamW
-    ) -> Tensor:  # like the kernel, in its memory layout
-        "What the kernel's gradient (SGD) or update (AdamW) is multiplied by (Ding et al. 2022, rule of iteration; with absolute values, which AdamW needs)."
-        scale_conv, scale_1x1, scale_identity = self.scales()
-        one = self.conv.weight.detach().new_ones(())
-        merged = merge_kernel(one.expand_as(self.conv.weight), one.expand(*self.conv.weight.shape[:2], 1, 1), scale_conv.abs() ** power, scale_1x1.abs() ** power, None if scale_identity is None else torch.ones_like(scale_identity))
-        return torch.empty_like(self.conv.weight).copy_(merged)
+    def multiplier(self, power: int) -> Tensor: return kernel_multiplier(self.conv.weight, *self.scales(), power)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x) if self.mode == 'target' else F.conv2d(x, self.kernel(), None, self.conv.stride, padding=1)
@@ -150,15 +155,22 @@ default_cfgs = without_weights(NAMES, ('stem.conv',)) | without_weights([name fo
 MEANING = {'target': 'the plain network, trained with scales', 'hs': 'the search for its scales', 'csla': 'branches with fixed scales, which the target is equivalent to', 'repvgg': "RepVGG's block, the baseline"}
 for name, (variant, mode) in NAMES.items(): register_variant(create_repopt, name, f'RepOpt-VGG-{variant.upper()}, {mode}: {MEANING[mode]}; {VARIANTS[variant][0]} blocks.')
 
-# %% ../../nbs/models/repopt.ipynb #9d3dd5e3
+# %% ../../nbs/models/repopt.ipynb #cde12815
 SCALE = re.compile(r'(?:^|\.)(?:(stem)|stages\.(\d+)\.(\d+))\.(scale_(?:identity|1x1|conv)\.weight)$')
 
+def released_name(
+    name: str,  # of a tensor in a state_dict
+) -> str:  # '' if it is no scale
+    "What the released files call a scale."
+    if not (m := SCALE.search(name)): return ''
+    return f'stage0.{m[4]}' if m[1] else f'stage{int(m[2]) + 1}.{m[3]}.{m[4]}'
+
+# %% ../../nbs/models/repopt.ipynb #9d3dd5e3
 def extract_scales(
     state: dict,  # state_dict of a model in mode hs, csla or target, with or without a classifier around it
 ) -> dict:  # name in the released files -> Tensor, float32, shape (channels,)
     "The scales that a model holds; none for other models. What else the state holds does not matter: the classes need not be those of the later training."
-    found = {m: value for name, value in state.items() if (m := SCALE.search(name))}
-    return {f'stage0.{m[4]}' if m[1] else f'stage{int(m[2]) + 1}.{m[3]}.{m[4]}': value.detach().float().cpu().clone() for m, value in found.items()}
+    return {found: value.detach().float().cpu().clone() for name, value in state.items() if (found := released_name(name))}
 
 # %% ../../nbs/models/repopt.ipynb #6bcd1c21
 def save_scales(
@@ -183,6 +195,18 @@ def read_scales(
     if odd := [n for n, v in scales.items() if v.ndim != 1 or not v.is_floating_point() or not v.isfinite().all()]: raise ConfigError(f'{Path(file).name}: {odd[0]} is no vector of finite numbers: shape {tuple(scales[odd[0]].shape)}, {scales[odd[0]].dtype}')
     return {n: v.float() for n, v in scales.items()}
 
+# %% ../../nbs/models/repopt.ipynb #b6761a44
+def check_scales(
+    scales: dict,  # name -> Tensor, as in the released files
+    own: dict,  # the model's
+) -> None:
+    "Raises ConfigError if scales are not those of a model, or it has none."
+    if not own: raise ConfigError('scales are for RepOpt models such as repopt_a0, and this model is none')
+    if scales.keys() != own.keys():
+        needed, blocks = [n for n in own if n not in scales], [sum(n.endswith('conv.weight') for n in given) for given in (scales, own)]
+        raise ConfigError(f'the scales do not fit: {len(scales)} vectors for {blocks[0]} blocks are given, the model has {len(own)} for {blocks[1]}; it {f"needs {needed[0]}" if needed else f"has no {next(n for n in scales if n not in own)}"}')
+    if wrong := next((n for n in own if scales[n].shape != own[n].shape), None): raise ConfigError(f'the scales do not fit: {wrong} has {len(scales[wrong])} values, the block {len(own[wrong])} channels')
+
 # %% ../../nbs/models/repopt.ipynb #e2317735
 def apply_scales(
     model: nn.Module,  # fresh, in mode target, csla or hs
@@ -191,16 +215,11 @@ def apply_scales(
 ) -> None:
     "Give a model its scales, and a target's kernels their beginning: scale_conv · its own + scale_1x1 · a fresh 1 × 1 kernel + the identity. Raises ConfigError if they do not fit."
     own = extract_scales(model.state_dict())
-    if not own: raise ConfigError('scales are for RepOpt models such as repopt_a0, and this model is none')
     scales = own if scales is None else scales
-    if scales.keys() != own.keys():
-        needed, blocks = [n for n in own if n not in scales], [sum(n.endswith('conv.weight') for n in given) for given in (scales, own)]
-        raise ConfigError(f'the scales do not fit: {len(scales)} vectors for {blocks[0]} blocks are given, the model has {len(own)} for {blocks[1]}; it {f"needs {needed[0]}" if needed else f"has no {next(n for n in scales if n not in own)}"}')
-    if wrong := next((n for n in own if scales[n].shape != own[n].shape), None): raise ConfigError(f'the scales do not fit: {wrong} has {len(scales[wrong])} values, the block {len(own[wrong])} channels')
-    state = model.state_dict()
+    check_scales(scales, own)
     with torch.no_grad():
-        for name in state:
-            if SCALE.search(name): state[name].copy_(scales[next(iter(extract_scales({name: state[name]})))])
+        for name, value in model.state_dict().items():
+            if found := released_name(name): value.copy_(scales[found])
         for block in repopt_blocks(model, 'target') if kernels else []:
             fresh = nn.Conv2d(block.conv.in_channels, block.conv.out_channels, 1, bias=False).weight.to(block.conv.weight)
             block.conv.weight.copy_(merge_kernel(block.conv.weight, fresh, *block.scales()))
