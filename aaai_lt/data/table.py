@@ -428,8 +428,9 @@ def read_list(
     file = Path(file)
     lines = [line.strip() for line in file.read_text(encoding='utf-8-sig').splitlines()]
     pairs = [line.rsplit(None, 1) for line in lines if line and not line.startswith('#')]
-    if bad := next((i for i, pair in enumerate(pairs) if len(pair) != 2), None): raise DataError(f'{file}: entry {bad + 1} ({pairs[bad][0]!r}) is not `path label`')
-    if not pairs or len(pairs[0]) != 2: raise DataError(f'{file} has no lines of `path label`')
+    bad = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
+    if bad is not None: raise DataError(f'{file}: entry {bad + 1} ({pairs[bad][0]!r}) is not `path label`')
+    if not pairs: raise DataError(f'{file} has no lines of `path label`')
     return table_from_rows(pd.DataFrame(pairs, columns=['path', 'label'], dtype='string'), {'path': 'path', 'label': 'label'}, file.parent, file.name)
 
 # %% ../../nbs/data/table.ipynb #dcf7cdaa

@@ -158,7 +158,7 @@ def share_targets(
     "Aligned members with the one set of targets that any of them has. Raises DataError if they differ."
     truths = [m.targets for m in members if m.targets is not None]
     if not truths: return members
-    if odd := next((t for t in truths[1:] if t.shape != truths[0].shape or (t != truths[0]).any()), None) is not None: raise DataError('the members differ about the labels of the same images: they were judged on different data')
+    if any(not np.array_equal(t, truths[0]) for t in truths[1:]): raise DataError('the members differ about the labels of the same images: they were judged on different data')
     rows = np.flatnonzero(truths[0] >= 0) if truths[0].ndim == 1 else np.arange(len(truths[0]))
     if len(rows) < len(truths[0]): say(f'left out: {len(truths[0]) - len(rows)} images of classes that were left out')
     return [replace(m, scores=m.scores[rows], ids=m.ids[rows], targets=truths[0][rows]) if len(rows) < len(truths[0]) else replace(m, targets=truths[0]) for m in members]
