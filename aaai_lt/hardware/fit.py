@@ -133,7 +133,9 @@ def draw_candidates(
     "Memory against multiply-adds of all candidates: those beyond a limit, those that fit, and the front."
     for part, style in ((table[~table.fits], {'color': '0.88', 'label': 'beyond a limit'}), (table[table.fits], {'color': '0.6', 'label': 'fits'}), (table[table.front], {'color': 'tab:blue', 's': 14, 'label': 'front'})):
         ax.scatter(part.macs / 1e6, part.memory_bytes / 1024, **({'s': 4, 'lw': 0} | style))
-    ax.legend(frameon=False, fontsize=8, loc='upper left')
+    ax.set(xscale='log', yscale='log', xlabel='million multiply-adds', ylabel='KiB of the largest layer (published rule)')
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:,g}')
+    ax.legend(frameon=False, fontsize=8, loc='upper left', markerscale=3)
 
 # %% ../../nbs/hardware/fit.ipynb #de360cc2
 def draw_variants(
@@ -157,8 +159,6 @@ def plot_search(
     draw_variants(ax, table)
     if memory_kib < math.inf: ax.axhline(memory_kib, color='crimson', lw=1)
     if macs < math.inf: ax.axvline(macs / 1e6, color='crimson', lw=1)
-    ax.set(xscale='log', yscale='log', xlabel='million multiply-adds', ylabel='KiB of the largest layer (published rule)')
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:,g}')
     return fig
 
 # %% ../../nbs/hardware/fit.ipynb #1d4121c9
