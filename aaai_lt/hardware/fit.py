@@ -135,7 +135,7 @@ def draw_candidates(
         ax.scatter(part.macs / 1e6, part.memory_bytes / 1024, **({'s': 4, 'lw': 0} | style))
     ax.set(xscale='log', yscale='log', xlabel='million multiply-adds', ylabel='KiB of the largest layer (published rule)')
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:,g}')
-    ax.legend(frameon=False, fontsize=8, loc='upper left', markerscale=3)
+    ax.legend(frameon=False, fontsize=8, loc='upper left', markerscale=2)
 
 # %% ../../nbs/hardware/fit.ipynb #de360cc2
 def draw_variants(
