@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOK_SIZE', 'LOWEST', 'NEAR_COLUMNS', 'copy_groups', 'conflicting_copies', 'say_copies', 'looks', 'look_difference',
-           'bucket_pairs', 'close_pairs', 'same_hash', 'look_links', 'near_copies', 'conflicting_looks',
-           'say_near_copies']
+           'ranges', 'portions', 'bucket_pairs', 'close_pairs', 'same_hash', 'new_links', 'join_groups', 'look_links',
+           'nearest_like', 'near_copies', 'conflicting_looks', 'say_near_copies']
 
 # %% ../../nbs/analysis/copies.ipynb #b0bfc1f6
 import numpy as np
@@ -88,6 +88,25 @@ def look_difference(
         out[a:a + chunk] = np.sqrt(np.einsum('ij,ij->i', x, x) / 768) / np.minimum(*spread).clip(min=8)
     return out
 
+# %% ../../nbs/analysis/copies.ipynb #239a1012
+def ranges(
+    lengths: np.ndarray,  # shape (N,)
+) -> np.ndarray:  # shape (sum of the lengths,)
+    "0, 1, … n − 1 for each length n, one after the other."
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+# %% ../../nbs/analysis/copies.ipynb #911c7cef
+def portions(
+    lengths: np.ndarray,  # shape (N,)
+    portion: int,
+):
+    "Yields (first, end) of runs whose lengths add up to at most a portion; what is longer by itself stands alone."
+    ends, a = np.cumsum(lengths), 0
+    while a < len(lengths):
+        b = max(int(np.searchsorted(ends, (ends[a - 1] if a else 0) + portion, 'right')), a + 1)
+        yield a, b
+        a = b
+
 # %% ../../nbs/analysis/copies.ipynb #a2404378
 def bucket_pairs(
     keys: np.ndarray,  # uint16, shape (N,)
@@ -95,22 +114,15 @@ def bucket_pairs(
     portion: int = 1 << 21,  # pairs at a time, about
 ):
     "Yields (one, other), arrays of rows: every pair whose keys differ by one of the masks, once."
-    order = np.argsort(keys, kind='stable')
+    order, starts = np.argsort(keys, kind='stable'), np.r_[0, np.bincount(keys, minlength=65536).cumsum()]
     keys = keys[order].astype('int64')
-    starts = np.searchsorted(keys, np.arange(65537))
     for mask in masks:
         wanted = keys ^ mask
-        low, high = (starts[wanted], starts[wanted + 1]) if mask else (np.arange(len(keys)) + 1, starts[keys + 1])
-        lengths = np.where(keys <= wanted, high - low, 0)  # each pair of buckets is met from both sides
-        ends = np.cumsum(lengths)
-        a = 0
-        while a < len(keys):
-            b = max(int(np.searchsorted(ends, (ends[a - 1] if a else 0) + portion, 'right')), a + 1)
-            part, total = lengths[a:b], int(lengths[a:b].sum())
-            if total:
-                left = np.repeat(np.arange(a, b), part)
-                yield order[left], order[low[left] + np.arange(total) - np.repeat(np.cumsum(part) - part, part)]
-            a = b
+        low = starts[wanted] if mask else np.arange(len(keys)) + 1  # inside a bucket only those that follow
+        lengths = np.where(keys <= wanted, starts[wanted + 1] - low, 0)  # each pair of buckets is met from both sides
+        for a, b in portions(lengths, portion):
+            left = np.repeat(np.arange(a, b), lengths[a:b])
+            if len(left): yield order[left], order[low[left] + ranges(lengths[a:b])]
 
 # %% ../../nbs/analysis/copies.ipynb #a78a5b35
 def close_pairs(
@@ -137,14 +149,36 @@ def same_hash(
     while len(left):
         _, first, inverse = np.unique(hashes[left], return_index=True, return_inverse=True)
         leaders.append(left[first])
-        follows = np.ones(len(left), dtype=bool)
-        follows[first] = False
-        one, other = left[first[inverse]][follows], left[follows]
+        one, other = (np.delete(rows, first) for rows in (left[first[inverse]], left))
         apart = look_difference(faces, one, other)
         like = apart <= difference
         links.append((one[like], other[like], apart[like]))
         left = other[~like]
     return tuple(np.concatenate(part) for part in zip(*links)), np.sort(np.concatenate(leaders))
+
+# %% ../../nbs/analysis/copies.ipynb #51b1e6f4
+def new_links(
+    pairs: pd.DataFrame,  # one, other, bits: rows whose hashes are close
+    group: np.ndarray,  # of each image, shape (N,)
+    faces: np.ndarray,  # uint8, shape (N, 768)
+    difference: float,  # largest difference of copies
+) -> pd.DataFrame:  # one, other, bits, difference
+    "Of the pairs that look alike and are not in one group yet the nearest between each two groups."
+    pairs = pairs[group[pairs.one] != group[pairs.other]]
+    pairs = pairs.assign(difference=look_difference(faces, pairs.one.to_numpy(), pairs.other.to_numpy()))
+    pairs = pairs[pairs.difference <= difference].sort_values('difference', kind='stable')
+    a, b = group[pairs.one], group[pairs.other]
+    return pairs.iloc[np.unique(np.minimum(a, b) * len(group) + np.maximum(a, b), return_index=True)[1]]
+
+# %% ../../nbs/analysis/copies.ipynb #0a7c8419
+def join_groups(
+    group: np.ndarray,  # of each image, shape (N,)
+    links: pd.DataFrame,  # one, other: rows
+) -> np.ndarray:  # shape (N,)
+    "The groups after linked images have come together."
+    if not len(links): return group
+    pairs = group[links.one], group[links.other]
+    return connected_components(coo_array((np.ones(len(links)), pairs), (len(group),) * 2), directed=False)[1][group]
 
 # %% ../../nbs/analysis/copies.ipynb #0170bf30
 def look_links(
@@ -156,23 +190,22 @@ def look_links(
     "Pairs that look alike, enough of them to hold each group of copies together (no pair twice, none inside a group that is whole)."
     (one, other, apart), leaders = same_hash(hashes, faces, difference)
     links = [pd.DataFrame({'one': one, 'other': other, 'bits': 0, 'difference': apart})]
-    group = connected_components(coo_array((np.ones(len(one)), (one, other)), (len(hashes),) * 2), directed=False)[1]
+    group = join_groups(np.arange(len(hashes)), links[0])
     for one, other, bits in close_pairs(hashes[leaders], radius):
-        one, other = leaders[one], leaders[other]
-        new = group[one] != group[other]
-        one, other, bits = one[new], other[new], bits[new]
-        apart = look_difference(faces, one, other)
-        like = apart <= difference
-        if not like.any(): continue
-        pairs = pd.DataFrame({'one': one, 'other': other, 'bits': bits, 'difference': apart})[like].sort_values('difference', kind='stable')
-        a, b = group[pairs.one], group[pairs.other]
-        new = np.unique(np.minimum(a, b) * len(hashes) + np.maximum(a, b), return_index=True)[1]  # of several pairs between two groups the nearest
-        links.append(pairs.iloc[new])
-        group = connected_components(coo_array((np.ones(len(new)), (a[new], b[new])), (len(hashes),) * 2), directed=False)[1][group]
+        links.append(new_links(pd.DataFrame({'one': leaders[one], 'other': leaders[other], 'bits': bits}), group, faces, difference))
+        group = join_groups(group, links[-1])
     return pd.concat(links, ignore_index=True), group
 
 # %% ../../nbs/analysis/copies.ipynb #aec2d9e1
 NEAR_COLUMNS = ['path', 'label', 'split', 'group', 'other', 'bits', 'difference']
+
+# %% ../../nbs/analysis/copies.ipynb #0c7202d5
+def nearest_like(
+    links: pd.DataFrame,  # from `look_links`
+) -> pd.DataFrame:  # one, other, bits, difference: a row for each linked image
+    "The image that each is most like."
+    both = pd.concat([links, links.rename(columns={'one': 'other', 'other': 'one'})])
+    return both.sort_values('difference', kind='stable').drop_duplicates('one').sort_values('one')
 
 # %% ../../nbs/analysis/copies.ipynb #265b6c81
 def near_copies(
@@ -187,10 +220,9 @@ def near_copies(
     if store.pixels.shape[1] != LOOK_SIZE: raise DataError(f'the store has images of {store.pixels.shape[1]} pixels; {LOOK_SIZE} are needed: leave it out, it will be made')
     once = table.frame.drop_duplicates('path').reset_index(drop=True)
     links, group = look_links(*looks(store, store.rows(once.path)), radius, difference)
-    ends = pd.concat([links, links.rename(columns={'one': 'other', 'other': 'one'})]).sort_values('difference', kind='stable').drop_duplicates('one').sort_values('one')
-    rows, path = ends.one.to_numpy(), once.path.to_numpy(object)
-    found = once.loc[rows, ['path', 'label', 'split']].assign(group=group[rows], other=path[ends.other.to_numpy()], bits=ends.bits.to_numpy(), difference=ends.difference.to_numpy())
-    return found.assign(group=pd.factorize(found.group)[0]).sort_values(['group', 'path'], ignore_index=True)[NEAR_COLUMNS]
+    ends, path = nearest_like(links), once.path.to_numpy(object)
+    found = once.loc[ends.one, ['path', 'label', 'split']].assign(group=pd.factorize(group[ends.one])[0], other=path[ends.other], bits=ends.bits.to_numpy(), difference=ends.difference.to_numpy())
+    return found.sort_values(['group', 'path'], ignore_index=True)[NEAR_COLUMNS]
 
 # %% ../../nbs/analysis/copies.ipynb #9bd75db6
 def conflicting_looks(

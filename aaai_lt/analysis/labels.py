@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_label_matrix', 'describe_labels', 'prevalence', 'plot_label_counts', 'cooccurrence', 'correlation',
-           'label_pairs', 'plot_correlation', 'say_labels']
+           'label_pairs', 'grouped_order', 'plot_correlation', 'say_labels']
 
 # %% ../../nbs/analysis/labels.ipynb #80d7678d
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
@@ -65,14 +64,14 @@ def plot_label_counts(
     ax: Axes = None,
 ) -> Axes:
     "Images by their number of labels, with the mean."
-    ax = ax or plt.subplots(figsize=(4.5, 2.8))[1]
-    each = (matrix.to_numpy() == 1).sum(1)
+    ax, each = ax or plt.subplots(figsize=(4.5, 2.8))[1], (matrix.to_numpy() == 1).sum(1)
     images = np.bincount(each)
     ax.bar(range(len(images)), images, width=0.9, color='#55798f')
     ax.axvline(each.mean(), color='#c44e52', ls='--', lw=1)
     ax.annotate(f'mean {each.mean():.2f}', (each.mean(), 0.98), (4, 0), xycoords=('data', 'axes fraction'), textcoords='offset points', va='top', fontsize=8, color='#c44e52')
     ax.set(xlabel='labels on an image', ylabel='images', xlim=(-0.7, len(images) - 0.3))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:,.0f}'))
+    ax.locator_params('x', integer=True)
+    ax.yaxis.set_major_formatter('{x:,.0f}')
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
@@ -113,23 +112,30 @@ def label_pairs(
     a, b, counts = first[chosen], second[chosen], both.to_numpy()
     return pd.DataFrame({'a': both.index[a], 'b': both.index[b], 'both': counts[a, b], 'share of a with b': counts[a, b] / np.maximum(counts[a, a], 1), 'share of b with a': counts[a, b] / np.maximum(counts[b, b], 1), 'correlation': phi[a, b]})
 
+# %% ../../nbs/analysis/labels.ipynb #39f8f4d2
+def grouped_order(
+    phi: pd.DataFrame,  # from `correlation`
+) -> np.ndarray:  # indices of the labels
+    "An order that puts correlated labels beside each other: the leaves of average linkage of 1 − correlation."
+    if len(phi) < 3: return np.arange(len(phi))
+    distance = 1 - phi.fillna(0).to_numpy()
+    np.fill_diagonal(distance, 0)
+    return leaves_list(linkage(squareform(distance, checks=False), 'average', optimal_ordering=len(phi) <= 200))
+
 # %% ../../nbs/analysis/labels.ipynb #42e75b32
 def plot_correlation(
     phi: pd.DataFrame,  # from `correlation`
 ) -> Figure:
     "Correlations of all pairs, in an order that puts correlated labels beside each other."
-    distance = 1 - phi.fillna(0).to_numpy()
-    np.fill_diagonal(distance, 0)
-    order = leaves_list(linkage(squareform(distance, checks=False), 'average', optimal_ordering=len(phi) <= 200)) if len(phi) > 2 else np.arange(len(phi))
-    values = phi.to_numpy()[np.ix_(order, order)].copy()
-    np.fill_diagonal(values, np.nan)
+    order = grouped_order(phi)
+    values = np.where(np.eye(len(phi)), np.nan, phi.to_numpy()[np.ix_(order, order)])
     side = float(np.clip(len(phi) * 0.13, 3.5, 8))
     fig, ax = plt.subplots(figsize=(side + 0.8, side), layout='constrained')
     limit = max(np.nanmax(np.abs(values)), 0.01) if np.isfinite(values).any() else 1
     picture = ax.imshow(values, cmap='RdBu_r', vmin=-limit, vmax=limit)
     if len(phi) <= 80:
-        for axis in (ax.xaxis, ax.yaxis): axis.set_ticks(range(len(phi)), phi.index[order].astype(str), fontsize=6)
-        ax.tick_params(axis='x', rotation=90, length=0), ax.tick_params(axis='y', length=0)
+        for axis, rotation in ((ax.xaxis, 90), (ax.yaxis, 0)): axis.set_ticks(range(len(phi)), phi.index[order].astype(str), fontsize=6, rotation=rotation)
+        ax.tick_params(length=0)
     fig.colorbar(picture, ax=ax, label='correlation', shrink=0.6)
     return fig
 

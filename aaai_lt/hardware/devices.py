@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'MEASURES', 'count', 'published_latency', 'model_name', 'short_name', 'check_latency', 'read_latency',
-           'model_order', 'draw_device', 'plot_latency', 'rank_correlations', 'draw_models', 'plot_against']
+           'model_order', 'device_name', 'draw_device', 'plain_ticks', 'plot_latency', 'rank_correlations',
+           'draw_models', 'draw_against', 'plot_against']
 
 # %% ../../nbs/hardware/devices.ipynb #3b52747b
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from .. import core
 from ..core import ConfigError, DataError, nearest, resolve
@@ -22,6 +24,7 @@ def count(text: str) -> float:
     "A printed number such as '621.369K' or '202.337M'."
     return float(text[:-1]) * {'K': 1e3, 'M': 1e6}[text[-1]]
 
+# %% ../../nbs/hardware/devices.ipynb #cc13da06
 def published_latency() -> pd.DataFrame:  # device, precision, model, latency_ms, status, macs, parameters, memory_kib, flops_printed
     "The challenge's latency table; status is ok, failure or not_measured. Costs are those at 112 pixels and 89 classes."
     rows = core.table('aaai_latency').rename(columns={'macs_std_112': 'macs', 'params': 'parameters', 'max_mem_kib': 'memory_kib'})
@@ -83,8 +86,15 @@ def model_order(rows: pd.DataFrame) -> list:
     "Models by their multiply-adds, smallest first."
     return rows.groupby('model').macs.first().sort_values().index.tolist()
 
+def device_name(device: str, precision: str) -> str:
+    "A device with the precision in which it computes, if that is known."
+    return f'{device} ({precision})' if precision else device
+
+# %% ../../nbs/hardware/devices.ipynb #44e86303
 def draw_device(ax, rows: pd.DataFrame, order: list, right: float) -> None:
     "One device: a mark for each model. Crosses stand at the right edge."
+    ax.set(ylim=(-0.6, len(order) - 0.2), yticks=range(len(order)), yticklabels=order)
+    ax.grid(axis='y', color='0.93')
     for y, model in enumerate(order):
         row = next(rows[rows.model == model].itertuples(), None)
         colour = 'tab:blue' if row and row.source == 'published' else 'tab:orange'
@@ -94,23 +104,29 @@ def draw_device(ax, rows: pd.DataFrame, order: list, right: float) -> None:
         elif row and row.status == 'failure': ax.annotate('× failed', (right, y), color='crimson', ha='right', va='center', fontsize=9)
         else: ax.annotate('– not measured', (right, y), color='0.6', ha='right', va='center', fontsize=8)
 
+# %% ../../nbs/hardware/devices.ipynb #a3db828e
+def plain_ticks(
+    axis,  # a matplotlib axis on a log scale
+    steps: tuple = (1,),  # ticks at these times the powers of ten
+) -> None:
+    "Plain numbers on a log axis."
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    axis.set_minor_formatter(NullFormatter())
+
 # %% ../../nbs/hardware/devices.ipynb #5970d96d
 def plot_latency(
     rows: pd.DataFrame,  # published_latency, own rows, or both
 ) -> Figure:
     "Latency of each model on each device; failures and blanks are shown."
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
     devices, order = list(dict.fromkeys(zip(rows.device, rows.precision))), model_order(rows)
-    low, high = rows.latency_ms.min() / 1.5, rows.latency_ms.max() * 1.6
-    columns = min(4, len(devices))
+    low, high, columns = rows.latency_ms.min() / 1.5, rows.latency_ms.max() * 1.6, min(4, len(devices))
     fig, axes = plt.subplots(-(-len(devices) // columns), columns, figsize=(2.9 * columns, (0.36 * len(order) + 0.75) * -(-len(devices) // columns)), sharex=True, sharey=True, squeeze=False, layout='constrained')
     for ax, (device, precision) in zip(axes.flat, devices):
-        ax.set(xscale='log', xlim=(low, high), ylim=(-0.6, len(order) - 0.2), yticks=range(len(order)), yticklabels=order)
+        ax.set(xscale='log', xlim=(low, high))
         draw_device(ax, rows[(rows.device == device) & (rows.precision == precision)], order, high / 1.08)
-        ax.set_title(f'{device} ({precision})' if precision else device, fontsize=9)
-        ax.grid(axis='y', color='0.93')
-        ax.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_title(device_name(device, precision), fontsize=9)
+        plain_ticks(ax.xaxis)
     for ax in axes.flat[len(devices):]: ax.set_axis_off()
     fig.supxlabel('ms, logarithmic; models by multiply-adds, most on top', fontsize=9)
     return fig
@@ -127,7 +143,7 @@ def rank_correlations(
     for (device, precision), group in rows[rows.status == 'ok'].groupby(['device', 'precision'], sort=False):
         if len(group) < least: continue
         known = [m for m in MEASURES if m in group and group[m].notna().all()]
-        table[f'{device} ({precision})' if precision else device] = {'n': len(group)} | {MEASURES[m]: round(group.latency_ms.corr(group[m], method='spearman'), 2) for m in known}
+        table[device_name(device, precision)] = {'n': len(group)} | {MEASURES[m]: round(group.latency_ms.corr(group[m], method='spearman'), 2) for m in known}
     return pd.DataFrame(table).T.astype({'n': int}) if table else pd.DataFrame(columns=['n', *MEASURES.values()])
 
 # %% ../../nbs/hardware/devices.ipynb #04257b48
@@ -137,27 +153,30 @@ def draw_models(ax, positions: dict) -> None:
         ax.axvline(x, color='0.93', lw=0.8, zorder=0)
         ax.annotate(model, (x, 1), xycoords=('data', 'axes fraction'), xytext=(0, 2 + 9 * (i % 2)), textcoords='offset points', ha='center', va='bottom', fontsize=8, color='0.3')
 
+# %% ../../nbs/hardware/devices.ipynb #dc5588c2
+def draw_against(
+    ax,
+    good: pd.DataFrame,  # rows with a time
+    measure: str,  # of MEASURES
+) -> None:
+    "Latency against what was counted, a line for each device, own devices dashed, on log axes."
+    unit, name = (1, 'KiB') if measure == 'memory_kib' else (1e6, 'millions')
+    styles = [{'color': colour, 'marker': marker} for marker in 'os^D' for colour in plt.get_cmap('tab10').colors]
+    for (device, line), style in zip(good.groupby(['device', 'precision'], sort=False, dropna=False), styles):
+        line = line.sort_values(measure)
+        ax.plot(line[measure] / unit, line.latency_ms, ms=5, lw=1, ls='-' if line.source.iloc[0] == 'published' else '--', label=device_name(*device), **style)
+    ax.set(xscale='log', yscale='log', xlabel=f'{MEASURES[measure]}, {name}')
+    draw_models(ax, dict(good.groupby('model')[measure].first() / unit))
+    for axis in (ax.xaxis, ax.yaxis): plain_ticks(axis, (1, 2, 5))
+
 # %% ../../nbs/hardware/devices.ipynb #44f4484f
 def plot_against(
     rows: pd.DataFrame,  # published_latency, own rows, or both
     measures: tuple = ('macs', 'memory_kib'),  # of MEASURES
 ) -> Figure:
     "Latency against what was counted, a line for each device, own devices dashed; logarithmic."
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     fig, axes = plt.subplots(1, len(measures), figsize=(5.5 * len(measures), 4), sharey=True, squeeze=False, layout='constrained')
-    good, scale = rows[rows.status == 'ok'], {'memory_kib': 1}
-    styles = dict(zip(dict.fromkeys(zip(good.device, good.precision)), [(c, m) for m in 'os^D' for c in plt.get_cmap('tab10').colors]))
-    for ax, measure in zip(axes[0], measures):
-        unit = scale.get(measure, 1e6)
-        for (device, precision), (colour, marker) in styles.items():
-            line = good[(good.device == device) & (good.precision == precision)].sort_values(measure)
-            ax.plot(line[measure] / unit, line.latency_ms, marker=marker, color=colour, ms=5, lw=1, ls='-' if line.source.iloc[0] == 'published' else '--', label=f'{device} ({precision})' if precision else device)
-        ax.set(xscale='log', yscale='log', xlabel=MEASURES[measure] + (', millions' if unit > 1 else ', KiB'))
-        draw_models(ax, dict(good.groupby('model')[measure].first() / unit))
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(StrMethodFormatter('{x:g}'))
-            axis.set_minor_formatter(NullFormatter())
+    for ax, measure in zip(axes[0], measures): draw_against(ax, rows[rows.status == 'ok'], measure)
     axes[0, 0].set_ylabel('ms')
     axes[0, -1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc='upper left')
     return fig

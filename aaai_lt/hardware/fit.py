@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'WIDTHS', 'stage_channels', 'repvgg_layers', 'count_repvgg', 'draw_networks', 'front', 'candidates',
-           'search_fit', 'plot_search', 'draw_network', 'sliders']
+           'search_fit', 'draw_candidates', 'draw_variants', 'plot_search', 'draw_network', 'sliders']
 
 # %% ../../nbs/hardware/fit.ipynb #3309c03b
 import itertools
@@ -125,6 +125,28 @@ def search_fit(
     best[fits] = front(table[fits])
     return table.assign(fits=fits, front=best, latency_ms=table.variant.map(times[times.device == device].groupby('model').latency_ms.first()))
 
+# %% ../../nbs/hardware/fit.ipynb #e5fff43c
+def draw_candidates(
+    ax,
+    table: pd.DataFrame,  # from search_fit
+) -> None:
+    "Memory against multiply-adds of all candidates: those beyond a limit, those that fit, and the front."
+    for part, style in ((table[~table.fits], {'color': '0.88', 'label': 'beyond a limit'}), (table[table.fits], {'color': '0.6', 'label': 'fits'}), (table[table.front], {'color': 'tab:blue', 's': 14, 'label': 'front'})):
+        ax.scatter(part.macs / 1e6, part.memory_bytes / 1024, **({'s': 4, 'lw': 0} | style))
+    ax.set(xscale='log', yscale='log', xlabel='million multiply-adds', ylabel='KiB of the largest layer (published rule)')
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:,g}')
+    ax.legend(frameon=False, fontsize=8, loc='upper left', markerscale=2)
+
+# %% ../../nbs/hardware/fit.ipynb #de360cc2
+def draw_variants(
+    ax,
+    table: pd.DataFrame,  # from search_fit
+) -> None:
+    "The published variants with their times; full where they fit."
+    for row in table[table.variant != ''].itertuples():
+        ax.plot(row.macs / 1e6, row.memory_bytes / 1024, 'D', ms=6, color='tab:orange' if row.fits else 'none', mec='tab:orange')
+        ax.annotate(row.variant + (f' {row.latency_ms:.2g} ms' if row.latency_ms > 0 else ''), (row.macs / 1e6, row.memory_bytes / 1024), xytext=(6, 4), textcoords='offset points', fontsize=8, bbox={'fc': 'white', 'ec': 'none', 'alpha': 0.7, 'pad': 0.5})
+
 # %% ../../nbs/hardware/fit.ipynb #795ba3e1
 def plot_search(
     table: pd.DataFrame,  # from search_fit
@@ -132,18 +154,11 @@ def plot_search(
     macs: float = math.inf,
 ) -> Figure:
     "Memory against multiply-adds: all candidates, those that fit, the front, and the published variants with their times."
-    from matplotlib.ticker import StrMethodFormatter
     fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    for part, style in ((table[~table.fits], {'color': '0.88', 'label': 'beyond a limit'}), (table[table.fits], {'color': '0.6', 'label': 'fits'}), (table[table.front], {'color': 'tab:blue', 's': 14, 'label': 'front'})):
-        ax.scatter(part.macs / 1e6, part.memory_bytes / 1024, **({'s': 4, 'lw': 0} | style))
-    for row in table[table.variant != ''].itertuples():
-        ax.plot(row.macs / 1e6, row.memory_bytes / 1024, 'D', ms=6, color='tab:orange' if row.fits else 'none', mec='tab:orange')
-        ax.annotate(row.variant + (f' {row.latency_ms:.2g} ms' if row.latency_ms > 0 else ''), (row.macs / 1e6, row.memory_bytes / 1024), xytext=(6, 4), textcoords='offset points', fontsize=8, bbox={'fc': 'white', 'ec': 'none', 'alpha': 0.7, 'pad': 0.5})
+    draw_candidates(ax, table)
+    draw_variants(ax, table)
     if memory_kib < math.inf: ax.axhline(memory_kib, color='crimson', lw=1)
     if macs < math.inf: ax.axvline(macs / 1e6, color='crimson', lw=1)
-    ax.set(xscale='log', yscale='log', xlabel='million multiply-adds', ylabel='KiB of the largest layer (published rule)')
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(StrMethodFormatter('{x:,g}'))
-    ax.legend(frameon=False, fontsize=8, loc='upper left')
     return fig
 
 # %% ../../nbs/hardware/fit.ipynb #1d4121c9

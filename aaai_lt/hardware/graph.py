@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PRODUCTS', 'LAYERS', 'ONNX_KINDS', 'ONNX_SAME', 'Buffer', 'Step', 'Graph', 'empty_model', 'empty_copy',
-           'plain_shape', 'convolution_kind', 'convolution_macs', 'describe', 'storage', 'Recorder', 'NoAutocast',
-           'record', 'foldable', 'fold_layers', 'load_shapes', 'onnx_macs', 'onnx_step', 'read_onnx', 'input_shape',
-           'read_graph', 'run_graph']
+           'plain_shape', 'convolution_kind', 'convolution_macs', 'describe_convolution', 'describe_product',
+           'operands', 'describe', 'storage', 'whole_shape', 'numbered', 'count_once', 'Recorder', 'note', 'step_name',
+           'add_step', 'NoAutocast', 'recording', 'record', 'foldable', 'folded', 'fold_layers', 'set_input',
+           'first_unknown', 'load_shapes', 'onnx_macs', 'onnx_attributes', 'onnx_kind', 'onnx_weights', 'onnx_step',
+           'onnx_shapes', 'onnx_numbers', 'constant_tensors', 'node_name', 'node_weights', 'read_onnx', 'input_shape',
+           'empty_form', 'read_graph', 'run_graph']
 
 # %% ../../nbs/hardware/graph.ipynb #652998f0
 import copy
 import math
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -110,6 +115,30 @@ def convolution_macs(input_shape: tuple, output_shape: tuple, weight_shape: tupl
     "Each weight is used once for each place of the output (of the input, if it is transposed): out · C_in/groups · kernel."
     return math.prod(input_shape if transposed else output_shape) * math.prod(weight_shape[1:])
 
+# %% ../../nbs/hardware/graph.ipynb #aae496dd
+def describe_convolution(step: Step, args: tuple) -> tuple:  # (tensors of the input's shape, the bias or None)
+    "Fill in kind, kernel, groups and multiply-adds of a convolution."
+    x, weight, bias, transposed, step.groups = *args[:3], args[6], args[8]
+    step.kind, step.kernel = convolution_kind(x.shape[1], step.groups, transposed), tuple(weight.shape[2:])
+    step.macs = convolution_macs(x.shape, step.writes[0].shape, weight.shape, transposed)
+    return [x], bias
+
+# %% ../../nbs/hardware/graph.ipynb #5e661380
+def describe_product(step: Step, args: tuple, is_constant) -> tuple:  # (tensors of the input's shape, the bias or None)
+    "Fill in kind and multiply-adds of a product of matrices: a linear layer if one factor is constant."
+    x, y = args[PRODUCTS[step.op]:][:2]
+    step.kind = 'linear' if is_constant(id(x)) or is_constant(id(y)) else 'matmul'
+    step.macs = x.numel() * (y.shape[-1] if y.ndim > 1 else 1)
+    return [y] if is_constant(id(x)) else [x], args[0] if PRODUCTS[step.op] and is_constant(id(args[0])) else None
+
+# %% ../../nbs/hardware/graph.ipynb #740a39da
+def operands(step: Step, args: tuple, is_constant) -> tuple:  # (tensors of the input's shape, the bias or None)
+    "What an operation of torch works on, and the bias that it adds; convolutions and products are described besides."
+    if step.op in ('convolution', '_convolution'): return describe_convolution(step, args)
+    if step.op in PRODUCTS: return describe_product(step, args, is_constant)
+    bias = next((t for t in args[2:4] if isinstance(t, Tensor)), None) if step.kind == 'normalisation' else None
+    return [t for t in args if isinstance(t, Tensor)], bias
+
 # %% ../../nbs/hardware/graph.ipynb #b6c53a8c
 def describe(
     step: Step,  # with its name, buffers and output shape
@@ -119,28 +148,44 @@ def describe(
 ) -> Step:
     "Fill in kind, multiply-adds and weights of an operation of torch."
     is_constant = {id(t) for t in constants}.__contains__
-    tensors, bias, op = [t for t in args if isinstance(t, Tensor)], None, step.op
-    step.kind = KINDS.get(op) or ('other' if not pointwise else 'activation' if len(step.reads) == 1 else 'elementwise')
-    if op in ('convolution', '_convolution'):
-        x, weight, bias, transposed, step.groups = *args[:3], args[6], args[8]
-        step.kind, step.kernel = convolution_kind(x.shape[1], step.groups, transposed), tuple(weight.shape[2:])
-        step.macs, tensors = convolution_macs(x.shape, step.writes[0].shape, weight.shape, transposed), [x]
-    elif op in PRODUCTS:
-        x, y = args[PRODUCTS[op]:][:2]
-        bias = args[0] if PRODUCTS[op] and is_constant(id(args[0])) else None
-        step.kind = 'linear' if is_constant(id(x)) or is_constant(id(y)) else 'matmul'
-        step.macs, tensors = x.numel() * (y.shape[-1] if y.ndim > 1 else 1), [y] if is_constant(id(x)) else [x]
-    elif step.kind == 'normalisation' and len(args) > 2: bias = next((t for t in args[2:4] if isinstance(t, Tensor)), None)
+    step.kind = KINDS.get(step.op) or ('other' if not pointwise else 'activation' if len(step.reads) == 1 else 'elementwise')
+    tensors, bias = operands(step, args, is_constant)
     step.input_shape = plain_shape(next((t.shape for t in tensors if not is_constant(id(t))), step.reads[0].shape))
     step.weights = sum(t.numel() for t in constants if t is not bias and t.is_floating_point())
     step.biases = bias.numel() if bias is not None else 0
-    if 'batch_norm' in op: step.weights = step.biases = args[0].shape[1]  # scale and shift, whatever they are made of
+    if 'batch_norm' in step.op: step.weights = step.biases = args[0].shape[1]  # scale and shift, whatever they are made of
     return step
 
 # %% ../../nbs/hardware/graph.ipynb #4f626545
 def storage(tensor: Tensor) -> int:
     "The address of a tensor's storage, the same for all its views."
     return tensor.untyped_storage()._cdata
+
+# %% ../../nbs/hardware/graph.ipynb #89c96e81
+def whole_shape(tensor: Tensor) -> tuple:
+    "The shape of what a tensor is a view of: its own, or all numbers of a larger storage in a row."
+    numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tuple(tensor.shape) if tensor.numel() == numbers else (numbers,)
+
+# %% ../../nbs/hardware/graph.ipynb #ac0ed70b
+def numbered(
+    name: str,
+    uses: dict,  # name -> how often it came before; is brought up to date
+) -> str:
+    "A name, with a number if it comes again."
+    uses[name] = uses.get(name, -1) + 1
+    return f'{name}_{uses[name]}' if uses[name] else name
+
+# %% ../../nbs/hardware/graph.ipynb #cd1d3efa
+def count_once(
+    own: set,  # names of parameters
+    counted: set,  # names of those that were counted before; is brought up to date
+    numbers: dict,  # name -> numbers
+) -> int:
+    "How many numbers parameters have that were not counted before."
+    new = own - counted
+    counted |= new
+    return sum(numbers.get(name, 0) for name in new)
 
 # %% ../../nbs/hardware/graph.ipynb #683ff392
 class Recorder(TorchDispatchMode):
@@ -155,38 +200,42 @@ class Recorder(TorchDispatchMode):
     def enter(self, module, args): self.modules.append(module)
     def leave(self, module, args, output): self.modules.pop()
 
-    def name(self, op: str) -> str:
-        "The module that runs, with the operation if it is one of several; numbered if it comes again."
-        module = self.modules[-1]
-        name = self.names.get(module, '') if not any(True for _ in module.children()) else f'{self.names.get(module, "")}.{op}'.lstrip('.')
-        self.uses[name] = self.uses.get(name, -1) + 1
-        return f'{name}_{self.uses[name]}' if self.uses[name] else name
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), output))
-        seen, mutates = {storage(t) for t in inputs}, function._schema.is_mutable
-        written = [t for t in outputs if mutates or storage(t) not in seen]  # the others are views
-        self.kept += [t.untyped_storage() for t in written]  # no address is used twice while recording
-        if function.overloadpacket.__name__.startswith(('new_', 'empty_like', 'zeros_like', 'ones_like', 'full_like')): inputs = []  # only a shape is taken from them
-        target = {storage(t) for t in written} if mutates else ()
-        constants = [t for t in inputs if storage(t) not in self.buffers]
-        sources = set().union(*(self.constants.get(storage(t), ()) for t in constants))
-        if len(constants) == len(inputs): self.constants |= {storage(t): sources | self.constants.get(storage(t), set()) for t in written}
-        elif written: self.note(function, args, inputs, written, [t for t in constants if storage(t) not in target], sources, mutates)
+        note(self, function, args, kwargs, output)
         return output
 
-    def note(self, function, args, inputs, written, constants, sources, mutates):
-        "An operation on activations: a step."
-        op = function.overloadpacket.__name__.rstrip('_')
-        name, shapes = self.name(op), [tuple(t.shape) if t.numel() * t.element_size() == t.untyped_storage().nbytes() or not mutates else (t.untyped_storage().nbytes() // t.element_size(),) for t in written]
-        reads = tuple({id(b): b for t in inputs if (b := self.buffers.get(storage(t)))}.values())
-        writes = tuple(Buffer(name, shape, 0 if t.is_floating_point() else t.element_size() * 8) for t, shape in zip(written, shapes))
-        step = Step(name, op, '', reads, writes, (), plain_shape(written[0].shape), overwrites=mutates and op == 'copy')
-        self.steps.append(describe(step, args, constants, torch.Tag.pointwise in function.tags))
-        step.parameters = sum(self.numbers.get(n, 0) for n in sources - self.counted)
-        self.counted |= sources
-        self.buffers |= {storage(t): b for t, b in zip(written, writes)}
+# %% ../../nbs/hardware/graph.ipynb #95b4d913
+def note(recorder: Recorder, function, args: tuple, kwargs: dict, output) -> None:
+    "Note one operation of torch: a step if it works on activations, a constant if it works on weights alone, nothing if it gives a view."
+    inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), output))
+    seen, mutates = {storage(t) for t in inputs}, function._schema.is_mutable
+    written = [t for t in outputs if mutates or storage(t) not in seen]  # the others are views
+    recorder.kept += [t.untyped_storage() for t in written]  # no address is used twice while recording
+    if function.overloadpacket.__name__.startswith(('new_', 'empty_like', 'zeros_like', 'ones_like', 'full_like')): inputs = []  # only a shape is taken from them
+    constants = [t for t in inputs if storage(t) not in recorder.buffers]
+    sources = set().union(*(recorder.constants.get(storage(t), ()) for t in constants))
+    if len(constants) == len(inputs): recorder.constants |= {storage(t): sources | recorder.constants.get(storage(t), set()) for t in written}
+    elif written: add_step(recorder, function, args, inputs, written, constants, sources)
+
+# %% ../../nbs/hardware/graph.ipynb #815ee4b4
+def step_name(recorder: Recorder, op: str) -> str:
+    "The module that runs, with the operation if the module has parts of its own; numbered if it comes again."
+    path = recorder.names.get(recorder.modules[-1], '')
+    return numbered(f'{path}.{op}'.lstrip('.') if any(True for _ in recorder.modules[-1].children()) else path, recorder.uses)
+
+# %% ../../nbs/hardware/graph.ipynb #1f3605b7
+def add_step(recorder: Recorder, function, args: tuple, inputs: list, written: list, constants: list, sources: set) -> None:
+    "Add an operation on activations as a step; `sources` are the parameters that its constants were made of."
+    op, mutates = function.overloadpacket.__name__.rstrip('_'), function._schema.is_mutable
+    name, target = step_name(recorder, op), {storage(t) for t in written} if mutates else ()
+    reads = tuple(dict.fromkeys(recorder.buffers[storage(t)] for t in inputs if storage(t) in recorder.buffers))
+    writes = tuple(Buffer(name, whole_shape(t) if mutates else tuple(t.shape), 0 if t.is_floating_point() else t.element_size() * 8) for t in written)
+    step = Step(name, op, '', reads, writes, (), plain_shape(written[0].shape), overwrites=mutates and op == 'copy')
+    describe(step, args, [t for t in constants if storage(t) not in target], torch.Tag.pointwise in function.tags)
+    step.parameters = count_once(sources, recorder.counted, recorder.numbers)
+    recorder.steps.append(step)
+    recorder.buffers |= {storage(t): b for t, b in zip(written, writes)}
 
 # %% ../../nbs/hardware/graph.ipynb #9deb8849
 class NoAutocast(torch.autocast):
@@ -194,6 +243,19 @@ class NoAutocast(torch.autocast):
     def __init__(self, *args, **kwargs): pass
     def __enter__(self): return self
     def __exit__(self, *error): pass
+
+# %% ../../nbs/hardware/graph.ipynb #053dcd93
+@contextmanager
+def recording(recorder: Recorder):
+    "Inside, modules tell the recorder when they begin and end, and an attention shows its products."
+    hooks = [nn.modules.module.register_module_forward_pre_hook(recorder.enter), nn.modules.module.register_module_forward_hook(recorder.leave)]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one fused operation hides the attention
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), patch('torch.autocast', NoAutocast), recorder: yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for hook in hooks: hook.remove()
 
 # %% ../../nbs/hardware/graph.ipynb #0e9c583f
 def record(
@@ -203,18 +265,12 @@ def record(
     "Run a model on the meta device and note its steps. Raises ConfigError if it cannot run without numbers."
     recorder, image = Recorder(model), torch.empty(shape, device='meta')
     recorder.buffers[storage(image)] = source = Buffer('input', tuple(shape))
-    hooks = [nn.modules.module.register_module_forward_pre_hook(recorder.enter), nn.modules.module.register_module_forward_hook(recorder.leave)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its one fused operation hides the attention
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), patch('torch.autocast', NoAutocast), recorder: output = model(image)
+        with recording(recorder): output = model(image)
     except (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'{type(model).__name__} does not run on an input of {tuple(shape)}: {str(error).partition(chr(10))[0]}') from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for hook in hooks: hook.remove()
-    outputs = tuple({id(b): b for t in tree_leaves(output) if isinstance(t, Tensor) and (b := recorder.buffers.get(storage(t)))}.values())
-    return Graph(tuple(recorder.steps), (source,), outputs, {n: k for n, k in recorder.numbers.items() if n not in recorder.counted})
+    outputs = (recorder.buffers.get(storage(t)) for t in tree_leaves(output) if isinstance(t, Tensor))
+    return Graph(tuple(recorder.steps), (source,), tuple(dict.fromkeys(b for b in outputs if b)), {n: k for n, k in recorder.numbers.items() if n not in recorder.counted})
 
 # %% ../../nbs/hardware/graph.ipynb #a98a29db
 LAYERS = ('convolution', 'grouped', 'depthwise', 'transposed', 'linear')  # kinds with weights and multiply-adds
@@ -228,19 +284,21 @@ def foldable(
     op = step.op.lower().replace('_', '')
     return layer.kind in LAYERS and ('batchnorm' in op and step.weights == channels or op == 'add' and step.kind == 'activation' and step.weights == channels and not layer.biases)
 
+# %% ../../nbs/hardware/graph.ipynb #cd1804ed
+def folded(layer: Step, step: Step) -> Step:
+    "A layer with the normalisation or the addition that follows it inside."
+    biases = step.biases or step.weights
+    return replace(layer, writes=step.writes, biases=biases, parameters=layer.parameters + (0 if layer.biases else biases))
+
 # %% ../../nbs/hardware/graph.ipynb #9a580226
 def fold_layers(
     graph: Graph,
 ) -> Graph:
     "The graph as it ships: each batch normalisation and each lone bias is part of the layer whose result it alone reads."
-    writer, readers, steps = {}, {}, []
-    for b in [*graph.outputs, *(b for s in graph.steps for b in s.reads)]: readers[b] = readers.get(b, 0) + 1
+    writer, steps, readers = {}, [], Counter([*graph.outputs, *(b for step in graph.steps for b in step.reads)])
     for step in graph.steps:
         place = writer.get(step.reads[0])
-        if place is not None and len(step.reads) == 1 and readers[step.reads[0]] == 1 and foldable(steps[place], step):
-            layer = steps[place]
-            biases = step.biases or step.weights
-            steps[place] = replace(layer, writes=step.writes, biases=biases, parameters=layer.parameters + (0 if layer.biases else biases))
+        if place is not None and len(step.reads) == 1 and readers[step.reads[0]] == 1 and foldable(steps[place], step): steps[place] = folded(steps[place], step)
         else:
             place = len(steps)
             steps.append(step)
@@ -257,6 +315,30 @@ ONNX_KINDS = {op: kind for kind, ops in {
 }.items() for op in ops.split()}
 ONNX_SAME = ('Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Identity', 'Dropout', 'QuantizeLinear', 'DequantizeLinear', 'Cast')  # the same numbers in another form
 
+# %% ../../nbs/hardware/graph.ipynb #989a00c1
+def set_input(
+    model,  # onnx.ModelProto
+    shape: tuple,  # of the input, batch of one included
+    file: str,  # its name, for messages
+) -> None:
+    "Give a model's one input its shape and forget those of all other activations. Raises ConfigError."
+    inputs = [i for i in model.graph.input if i.name not in {t.name for t in model.graph.initializer}]
+    dims = inputs[0].type.tensor_type.shape.dim
+    fixed = tuple(d.dim_value or None for d in dims)
+    if len(inputs) != 1 or len(dims) != len(shape): raise ConfigError(f'{file} has inputs {[i.name for i in inputs]} of {len(dims)} dimensions; one image input of shape {shape} is expected')
+    if any(f and f != s for f, s in zip(fixed, shape)): raise ConfigError(f'{file} was exported for inputs of {fixed}; it cannot be counted at {shape}')
+    for dim, size in zip(dims, shape): dim.dim_value = size
+    for info in model.graph.output: info.type.tensor_type.ClearField('shape')
+    del model.graph.value_info[:]
+
+# %% ../../nbs/hardware/graph.ipynb #b444902f
+def first_unknown(
+    model,  # onnx.ModelProto
+) -> str:  # operator and name, or ''
+    "The first activation whose shape is not a row of numbers."
+    known = {i.name: i.type.tensor_type for i in [*model.graph.value_info, *model.graph.output]}
+    return next((f'{n.op_type} {o}' for n in model.graph.node for o in n.output if o in known and not all(d.HasField('dim_value') for d in known[o].shape.dim)), '')
+
 # %% ../../nbs/hardware/graph.ipynb #04fa89e2
 def load_shapes(
     file,  # .onnx
@@ -267,20 +349,10 @@ def load_shapes(
     path = resolve(file)
     try: model = onnx.load(path, load_external_data=False)
     except Exception as error: raise DataError(f'{path.name} is not an ONNX model: {type(error).__name__} {str(error)[:200]}') from error
-    constants = {t.name for t in model.graph.initializer}
-    inputs = [i for i in model.graph.input if i.name not in constants]
-    dims = inputs[0].type.tensor_type.shape.dim
-    fixed = tuple(d.dim_value or None for d in dims)
-    if len(inputs) != 1 or len(dims) != len(shape): raise ConfigError(f'{path.name} has inputs {[i.name for i in inputs]} of {len(dims)} dimensions; one image input of shape {shape} is expected')
-    if any(f and f != s for f, s in zip(fixed, shape)): raise ConfigError(f'{path.name} was exported for inputs of {fixed}; it cannot be counted at {shape}')
-    for dim, size in zip(dims, shape): dim.dim_value = size
-    for info in model.graph.output: info.type.tensor_type.ClearField('shape')
-    del model.graph.value_info[:]
+    set_input(model, shape, path.name)
     try: model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error: raise ConfigError(f'the shapes of {path.name} cannot be inferred at {shape}: {str(error)[:300]}') from error
-    known = {i.name: i.type.tensor_type for i in [*model.graph.value_info, *model.graph.output]}
-    unknown = next((f'{n.op_type} {o}' for n in model.graph.node for o in n.output if o in known and not all(d.HasField('dim_value') for d in known[o].shape.dim)), None)
-    if unknown: raise ConfigError(f'the shapes of {path.name} depend on computed values from {unknown} on: export it with a fixed batch of 1, or count the model that it was made from')
+    if unknown := first_unknown(model): raise ConfigError(f'the shapes of {path.name} depend on computed values from {unknown} on: export it with a fixed batch of 1, or count the model that it was made from')
     return model
 
 # %% ../../nbs/hardware/graph.ipynb #cfdc723d
@@ -297,6 +369,39 @@ def onnx_macs(
     labels = attributes['equation'].decode().replace(' ', '').partition('->')[0].split(',')
     return math.prod({label: size for word, shape in zip(labels, shapes) for label, size in zip(word, shape)}.values()) if len(labels) > 1 else 0
 
+# %% ../../nbs/hardware/graph.ipynb #b7cd3f17
+def onnx_attributes(node) -> dict:
+    "The attributes of an ONNX node as plain values."
+    import onnx
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+# %% ../../nbs/hardware/graph.ipynb #6d271260
+def onnx_kind(
+    node,
+    shapes: dict,  # of every tensor
+    buffers: dict,  # activations by name
+    numbers: dict,  # constants by name
+) -> str:
+    "What a node does, by its operator and by which of its inputs are constant."
+    op, inputs = node.op_type, [i for i in node.input if i]
+    if op in ('Conv', 'ConvTranspose'): return convolution_kind(shapes[inputs[0]][1], onnx_attributes(node).get('group', 1), op == 'ConvTranspose')
+    if op in ('Gemm', 'MatMul', 'Einsum'): return 'matmul' if all(i in buffers for i in inputs[:2]) else 'linear'
+    if op == 'Gather' and inputs[0] in numbers: return 'embedding'
+    kind = ONNX_KINDS.get(op, 'uncounted')
+    return 'activation' if kind == 'elementwise' and len({buffers[i] for i in inputs if i in buffers}) == 1 else kind
+
+# %% ../../nbs/hardware/graph.ipynb #3e48a625
+def onnx_weights(
+    node,
+    numbers: dict,  # constants by name
+) -> tuple:  # (weights, biases)
+    "How many numbers a node's constants have; a batch normalisation has a scale and a shift, whatever they are made of."
+    biased = node.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'BatchNormalization', 'LayerNormalization', 'GroupNormalization')
+    inputs = [i for i in node.input if i]
+    bias = inputs[2] if biased and len(inputs) > 2 else None
+    biases = numbers.get(bias, 0)
+    return biases if node.op_type == 'BatchNormalization' else sum(numbers.get(i, 0) for i in inputs if i != bias), biases
+
 # %% ../../nbs/hardware/graph.ipynb #c3222160
 def onnx_step(
     node,
@@ -306,23 +411,61 @@ def onnx_step(
     numbers: dict,  # constants by name
 ) -> Step:
     "One node of an ONNX graph as a step, without its parameters."
-    import onnx
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    inputs, op = [i for i in node.input if i], node.op_type
-    reads = tuple({id(buffers[i]): buffers[i] for i in inputs if i in buffers}.values())
-    step = Step(name, op, '', reads, tuple(Buffer(name, shapes[o]) for o in node.output if o in shapes), plain_shape(shapes[next(i for i in inputs if i in buffers)]), plain_shape(shapes[node.output[0]]))
-    bias = inputs[2] if op in ('Conv', 'ConvTranspose', 'Gemm', 'BatchNormalization', 'LayerNormalization', 'GroupNormalization') and len(inputs) > 2 else None
-    if op in ('Conv', 'ConvTranspose'):
-        step.groups, step.kernel = attributes.get('group', 1), shapes[inputs[1]][2:]
-        step.kind = convolution_kind(shapes[inputs[0]][1], step.groups, op == 'ConvTranspose')
-    elif op in ('Gemm', 'MatMul', 'Einsum'): step.kind = 'matmul' if all(i in buffers for i in inputs[:2]) else 'linear'
-    elif op == 'Gather' and inputs[0] in numbers: step.kind = 'embedding'
-    else: step.kind = ONNX_KINDS.get(op, 'uncounted')
-    if step.kind == 'elementwise' and len(reads) == 1: step.kind = 'activation'
-    if step.kind in ('convolution', 'grouped', 'depthwise', 'transposed', 'linear', 'matmul'): step.macs = onnx_macs(node, [shapes[i] for i in inputs], shapes[node.output[0]], attributes)
-    step.biases = numbers.get(bias, 0)
-    step.weights = sum(numbers.get(i, 0) for i in inputs if i != bias) if op != 'BatchNormalization' else step.biases
+    inputs, attributes = [i for i in node.input if i], onnx_attributes(node)
+    active = [i for i in inputs if i in buffers]
+    reads, writes = dict.fromkeys(buffers[i] for i in active), (Buffer(name, shapes[o]) for o in node.output if o in shapes)
+    step = Step(name, node.op_type, onnx_kind(node, shapes, buffers, numbers), tuple(reads), tuple(writes), plain_shape(shapes[active[0]]), plain_shape(shapes[node.output[0]]))
+    if node.op_type in ('Conv', 'ConvTranspose'): step.groups, step.kernel = attributes.get('group', 1), shapes[inputs[1]][2:]
+    if step.kind in (*LAYERS, 'matmul'): step.macs = onnx_macs(node, [shapes[i] for i in inputs], shapes[node.output[0]], attributes)
+    step.weights, step.biases = onnx_weights(node, numbers)
     return step
+
+# %% ../../nbs/hardware/graph.ipynb #82e79fc5
+def onnx_shapes(graph) -> dict:
+    "The shape of every tensor of an ONNX graph, by name."
+    activations = [*graph.input, *graph.value_info, *graph.output]
+    return {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in activations} | {t.name: tuple(t.dims) for t in graph.initializer}
+
+# %% ../../nbs/hardware/graph.ipynb #91cc024c
+def onnx_numbers(graph) -> dict:
+    "How many numbers each weight of an ONNX graph has, by name; a single one is no parameter, and an index is none."
+    import onnx
+    types = {getattr(onnx.TensorProto, name) for name in ('FLOAT', 'FLOAT16', 'BFLOAT16', 'DOUBLE', 'INT8', 'UINT8', 'INT32')}
+    return {t.name: math.prod(t.dims) if math.prod(t.dims) > 1 and t.data_type in types else 0 for t in graph.initializer}
+
+# %% ../../nbs/hardware/graph.ipynb #9ab8e795
+def constant_tensors(
+    graph,  # of an onnx.ModelProto
+    shapes: dict,  # of every tensor
+) -> tuple:  # (name -> numbers, name -> names of the weights that it was made of)
+    "What is known before there is an image: the weights, and what is computed from them alone or from shapes."
+    numbers = onnx_numbers(graph)
+    sources, active = {n: {n} for n in numbers}, {i.name for i in graph.input} - set(numbers)
+    for node in graph.node:
+        if active.isdisjoint(node.input) or node.op_type in ('Shape', 'Size'):
+            made, some = set().union(*(sources.get(i, ()) for i in node.input)), any(numbers.get(i) for i in node.input)
+            for o in node.output: numbers[o], sources[o] = math.prod(shapes.get(o, ())) if some else 0, made
+        else: active |= set(node.output[:1]) if node.op_type in ONNX_SAME else {o for o in node.output if o in shapes}
+    return numbers, sources
+
+# %% ../../nbs/hardware/graph.ipynb #502ba72c
+def node_name(
+    node,
+    numbers: dict,  # constants by name
+    sources: dict,  # constant -> names of the weights that it was made of
+) -> str:
+    "The module that a node comes from, by its weights; else its own name."
+    weight = next((i for i in node.input if numbers.get(i) and sources[i]), None)
+    return (min(sources[weight]).rpartition('.')[0].removeprefix('backbone.') if weight else '') or node.name or node.output[0]
+
+# %% ../../nbs/hardware/graph.ipynb #c8643493
+def node_weights(
+    node,
+    sources: dict,  # constant -> names of the weights that it was made of
+) -> set:
+    "Names of the weights that a node uses; mean and variance of a batch normalisation are no parameters."
+    constants = [i for i in node.input if i in sources]
+    return set().union(*(sources[i] for i in (constants[:2] if node.op_type == 'BatchNormalization' else constants)))
 
 # %% ../../nbs/hardware/graph.ipynb #a543ff0c
 def read_onnx(
@@ -330,31 +473,18 @@ def read_onnx(
     shape: tuple,  # of the input, batch of one included
 ) -> Graph:
     "The steps of an ONNX model. Raises ConfigError, DataError, FileNotFoundError."
-    import onnx
-    model = load_shapes(file, shape)
-    graph, float_types = model.graph, {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT32}
-    shapes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in [*graph.input, *graph.value_info, *graph.output]} | {t.name: tuple(t.dims) for t in graph.initializer}
-    numbers = {t.name: math.prod(t.dims) if math.prod(t.dims) > 1 and t.data_type in float_types else 0 for t in graph.initializer}  # a single number is no parameter
-    sources, steps, uses, counted = {n: {n} for n in numbers}, [], {}, set()
+    graph = load_shapes(file, shape).graph
+    shapes = onnx_shapes(graph)
+    numbers, sources = constant_tensors(graph, shapes)
     source = next(i.name for i in graph.input if i.name not in numbers)
-    buffers = {source: Buffer('input', shapes[source])}
-    for node in graph.node:
-        inputs = [i for i in node.input if i]
-        active, constant = [i for i in inputs if i in buffers], [i for i in inputs if i in sources]
-        if not active or node.op_type in ('Shape', 'Size'):
-            for o in node.output: numbers[o], sources[o] = math.prod(shapes.get(o, ())) if any(numbers.get(i) for i in inputs) else 0, set().union(*(sources[i] for i in constant))
-        elif node.op_type in ONNX_SAME: buffers[node.output[0]] = buffers[active[0]]
+    buffers, steps, uses, counted = {source: Buffer('input', shapes[source])}, [], {}, set()
+    for node in (n for n in graph.node if n.output[0] not in sources):
+        if node.op_type in ONNX_SAME: buffers[node.output[0]] = next(buffers[i] for i in node.input if i in buffers)
         else:
-            weight = next((i for i in constant if numbers[i]), None)
-            name = min(sources[weight]).rpartition('.')[0].removeprefix('backbone.') if weight and sources[weight] else ''
-            name = name or node.name or node.output[0]
-            uses[name] = uses.get(name, -1) + 1
-            step = onnx_step(node, f'{name}_{uses[name]}' if uses[name] else name, shapes, buffers, numbers)
-            own = set().union(*(sources[i] for i in (constant[:2] if node.op_type == 'BatchNormalization' else constant)))  # mean and variance are no parameters
-            step.parameters = sum(numbers[n] for n in own - counted)
-            counted |= own
+            step = onnx_step(node, numbered(node_name(node, numbers, sources), uses), shapes, buffers, numbers)
+            step.parameters = count_once(node_weights(node, sources), counted, numbers)
             steps.append(step)
-            buffers |= {o: b for o, b in zip([o for o in node.output if o in shapes], step.writes)}
+            buffers |= zip((o for o in node.output if o in shapes), step.writes)
     return Graph(tuple(steps), (buffers[source],), tuple(buffers[o.name] for o in graph.output if o.name in buffers))
 
 # %% ../../nbs/hardware/graph.ipynb #2bf926cd
@@ -366,6 +496,20 @@ def input_shape(
     if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in (height, width)): raise ConfigError(f'input_size is {size!r}; a number of pixels above 0, or (height, width), is expected')
     return 1, 3, height, width
 
+# %% ../../nbs/hardware/graph.ipynb #77ad4641
+def empty_form(
+    model,  # a name or a torch model
+    shape: tuple,  # (1, 3, height, width)
+    num_classes: int,  # for a name
+    deploy: bool,  # as it ships
+    **options,  # for a name
+) -> nn.Module:  # on the meta device, in eval mode
+    "A model without its weights, with its branches folded if it is to ship. Raises ConfigError."
+    if isinstance(model, str): model = empty_model(model, num_classes, shape[2] if shape[2] == shape[3] else shape[2:], **options)
+    elif isinstance(model, nn.Module): model = empty_copy(model)
+    else: raise ConfigError(f'model is a {type(model).__name__}; a name, a torch model or an .onnx file is expected')
+    with torch.device('meta'): return reparameterize_model(model, inplace=True) if deploy else model  # what deploy_form does to a copy
+
 # %% ../../nbs/hardware/graph.ipynb #02d57466
 def read_graph(
     model,  # a name, a torch model, or the path of an .onnx file
@@ -376,15 +520,8 @@ def read_graph(
 ) -> Graph:
     "The steps of a model for one image. Raises ConfigError, DataError, FileNotFoundError."
     if isinstance(model, Graph): return model
-    shape = input_shape(input_size)
-    if isinstance(model, Path) or isinstance(model, str) and model.endswith('.onnx'): graph = read_onnx(model, shape)
-    else:
-        if isinstance(model, str): model = empty_model(model, num_classes, shape[2] if shape[2] == shape[3] else shape[2:], **options)
-        elif isinstance(model, nn.Module): model = empty_copy(model)
-        else: raise ConfigError(f'model is a {type(model).__name__}; a name, a torch model or an .onnx file is expected')
-        if deploy:
-            with torch.device('meta'): model = reparameterize_model(model, inplace=True)  # what deploy_form does to a copy
-        graph = record(model, shape)
+    shape, from_file = input_shape(input_size), isinstance(model, Path) or isinstance(model, str) and model.endswith('.onnx')
+    graph = read_onnx(model, shape) if from_file else record(empty_form(model, shape, num_classes, deploy, **options), shape)
     return fold_layers(graph) if deploy else graph
 
 # %% ../../nbs/hardware/graph.ipynb #f68ca459
