@@ -12,6 +12,7 @@ import difflib
 import inspect
 import json
 import os
+import shutil
 from importlib import resources
 from pathlib import Path
 
@@ -151,9 +152,7 @@ class Disk:
         try: os.fsync(handle)
         finally: os.close(handle)
     def mkdir(self, folder): Path(folder).mkdir(parents=True)
-    def remove(self, folder):
-        import shutil
-        shutil.rmtree(folder)
+    def remove(self, folder): shutil.rmtree(folder)
 
 # %% ../nbs/core.ipynb #ac221fb8
 DISK = Disk()

@@ -20,27 +20,12 @@ from .noisy import GCE, SymmetricCE
 
 # %% ../../nbs/losses/factory.ipynb #bf6283c7
 LOSSES = {
-    'cross_entropy': CrossEntropy,
-    'focal': Focal,
-    'class_balanced': ClassBalanced,
-    'ldam': LDAM,
-    'balanced_softmax': BalancedSoftmax,
-    'logit_adjustment': LogitAdjustment,
-    'label_aware_smoothing': LabelAwareSmoothing,
-    'eql': EQL,
-    'eqlv2': EQLv2,
-    'soft_eql': SoftEQL,
-    'seesaw': Seesaw,
-    'gce': GCE,
-    'symmetric': SymmetricCE,
-    'bce': BCE,
-    'binary_focal': BinaryFocal,
-    'asl': ASL,
-    'partial_asl': PartialASL,
-    'zlpr': ZLPR,
-    'two_way': TwoWay,
-    'distribution_balanced': DistributionBalanced,
-    'hill': Hill,
+    'cross_entropy': CrossEntropy, 'focal': Focal, 'class_balanced': ClassBalanced, 'ldam': LDAM,
+    'balanced_softmax': BalancedSoftmax, 'logit_adjustment': LogitAdjustment, 'label_aware_smoothing': LabelAwareSmoothing,
+    'eql': EQL, 'eqlv2': EQLv2, 'soft_eql': SoftEQL, 'seesaw': Seesaw,
+    'gce': GCE, 'symmetric': SymmetricCE,
+    'bce': BCE, 'binary_focal': BinaryFocal, 'asl': ASL, 'partial_asl': PartialASL,
+    'zlpr': ZLPR, 'two_way': TwoWay, 'distribution_balanced': DistributionBalanced, 'hill': Hill,
 }
 
 # %% ../../nbs/losses/factory.ipynb #519fe64c

@@ -114,10 +114,8 @@ def set_progress(
 # %% ../../nbs/losses/longtail.ipynb #2d2c2e45
 class ClassBalanced(nn.Module):
     "Cross-entropy (or focal loss) weighted by the effective number of images (Cui et al. 2019, equation 12), mean over the images; on request only in the last part of training (Cao et al. 2019)."
-    activation, adjusted = 'softmax', True
-    allowed = {'beta': '[0, 1)', 'gamma': '[0, inf)', 'reweight_from': '[0, 1]'}
-    def __init__(self,
-        class_counts: Tensor,  # training images of each class, shape (classes,)
+    activation, adjusted, allowed = 'softmax', True, {'beta': '[0, 1)', 'gamma': '[0, inf)', 'reweight_from': '[0, 1]'}
+    def __init__(self, class_counts: Tensor,  # training images of each class, shape (classes,)
         beta: float = 0.9999,  # chance that a new image shows nothing new
         gamma: float = 0.0,  # of the focal loss; 0: cross-entropy
         reweight_from: float = 0.0,  # share of training after which the weights hold
@@ -180,10 +178,8 @@ def smoothing_by_class(
 # %% ../../nbs/losses/longtail.ipynb #e96ca30b
 class LabelAwareSmoothing(nn.Module):
     "Cross-entropy with 1 - e_y on the true class and e_y / (classes - 1) on each other one (Zhong et al. 2021, equation 5)."
-    activation, adjusted = 'softmax', False
-    allowed = {'head': '[0, 1)', 'tail': '[0, 1)', 'shape': tuple(SHAPES)}
-    def __init__(self,
-        class_counts: Tensor,  # training images of each class, shape (classes,)
+    activation, adjusted, allowed = 'softmax', False, {'head': '[0, 1)', 'tail': '[0, 1)', 'shape': tuple(SHAPES)}
+    def __init__(self, class_counts: Tensor,  # training images of each class, shape (classes,)
         head: float = 0.3,  # smoothing of the commonest class
         tail: float = 0.0,  # smoothing of the rarest class
         shape: str = 'concave',  # concave, linear, convex: how it grows between them

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'POSITIVE', 'BELOW_ONE', 'BUILTIN_SETTINGS', 'QUICK_MODELS', 'QUICK_OPTIONS', 'QUICK_HEADS',
-           'QUICK_PRETRAIN', 'NOT_HASHED', 'DataSettings', 'ModelSettings', 'TrainingSettings', 'Config',
-           'describe_settings', 'check_type', 'check_value', 'check_optimizer', 'check_together', 'make_config',
-           'quick_config', 'config_hash', 'run_name', 'to_yaml', 'read_settings', 'parse_settings', 'assigned_names',
+           'QUICK_PRETRAIN', 'NOT_HASHED', 'DataSettings', 'SplitSettings', 'ModelSettings', 'LearningSettings',
+           'TrainingSettings', 'RunSettings', 'Config', 'describe_settings', 'check_type', 'check_value',
+           'check_optimizer', 'check_model', 'check_parts', 'check_together', 'make_config', 'quick_config',
+           'config_hash', 'run_name', 'to_yaml', 'read_settings', 'parse_settings', 'assigned_names',
            'notebook_settings']
 
 # %% ../../nbs/training/config.ipynb #59827622
@@ -36,6 +37,11 @@ class DataSettings:
     fixes: str = ''  # a CSV of corrections to apply: path, action (accept, relabel, drop), label
     pseudo: str = ''  # a CSV of pseudo-labels, whose images join the training split: path, label
     group: str = ''  # a column whose groups must stay on one side of the split
+
+# %% ../../nbs/training/config.ipynb #c5e22daf
+@dataclass(frozen=True)
+class SplitSettings(DataSettings):
+    "How the data are split and cut, and what is left out."
     val_fraction: float = 0.1  # of each class, if the data give no validation split
     test_fraction: float = 0.0  # of each class, if the data give no test split
     split_seed: int = 0  # of the split and of the cut, apart from the training's seed
@@ -48,7 +54,7 @@ class DataSettings:
 # %% ../../nbs/training/config.ipynb #848514bd
 @dataclass(frozen=True)
 class ModelSettings:
-    "The model and what it sees."
+    "The model and what it begins with."
     model: str = 'repvgg_s0'  # any timm name, or repvgg_n0 to n4, m0, m1, s0; repopt_a0 and its like, which need scales
     model_options: dict = field(default_factory=dict)  # of timm.create_model, such as {'drop_path_rate': 0.1}
     head: str = 'linear'  # linear, learnable_scale, tau_normalized, cosine, arcface, ml_decoder, query2label
@@ -60,6 +66,11 @@ class ModelSettings:
     pretrain: str = ''  # mae (a ViT), simmim (a Swin-v2): the backbone learns from pixels alone, for a later run or stage to start from
     pretrain_options: dict = field(default_factory=dict)  # of that, such as {'mask_ratio': 0.75}; {'unlabelled': True}: every image under data, without labels
     scales: str = ''  # of a repopt model: a run that searched or used them, a file, initial, none; in stages: previous
+
+# %% ../../nbs/training/config.ipynb #db711bcf
+@dataclass(frozen=True)
+class LearningSettings:
+    "What the model sees, and the loss that it learns by."
     input_size: int = 0  # pixels; 0: what suits the model's weights, or else the data
     store_size: int = 0  # pixels at which images are kept; 0: input_size
     resize: str = 'squash'  # to a square: squash, crop, pad
@@ -76,7 +87,7 @@ class ModelSettings:
 # %% ../../nbs/training/config.ipynb #f0e42419
 @dataclass(frozen=True)
 class TrainingSettings:
-    "How it is trained, and where."
+    "How long it is trained, and by which steps."
     epochs: int = 30  # times through the training images
     batch_size: int = 64  # images in a batch, over all processes
     accumulate: int = 1  # batches before each step of the optimizer
@@ -89,6 +100,11 @@ class TrainingSettings:
     layer_decay: float = 0.0  # learning rate of each layer as a share of that of the layer above it, such as 0.75; 0: the same for all
     schedule: str = 'cosine'  # cosine, linear, constant; per step, after the warm-up
     warmup_epochs: float = 1.0  # of rising learning rate at the beginning
+
+# %% ../../nbs/training/config.ipynb #c676a450
+@dataclass(frozen=True)
+class RunSettings:
+    "What steadies it, what is kept of it, and how and where it runs."
     ema: float = 0.0  # decay of the moving average of the weights, which is then what is judged and kept; 0: none
     clip: float = 0.0  # largest norm of the gradient; 0: no clipping
     select: str = 'auto'  # which epoch's weights are kept: best balanced_accuracy, accuracy or (several labels an image) mAP in validation, or last; auto: the first that suits the data
@@ -104,12 +120,12 @@ class TrainingSettings:
 
 # %% ../../nbs/training/config.ipynb #806c7eba
 @dataclass(frozen=True)
-class Config(TrainingSettings, ModelSettings, DataSettings):
+class Config(RunSettings, TrainingSettings, LearningSettings, ModelSettings, SplitSettings):
     "All settings of a training run, flat. Make one with `make_config`, which checks it."
 
 def describe_settings() -> list:  # of (name, default, meaning), as the source has them
     "Every setting in order."
-    source = '\n'.join(inspect.getsource(part) for part in (DataSettings, ModelSettings, TrainingSettings))
+    source = '\n'.join(inspect.getsource(part) for part in (DataSettings, SplitSettings, ModelSettings, LearningSettings, TrainingSettings, RunSettings))
     source = source.replace('field(default_factory=dict)', '{}').replace('field(default_factory=list)', '[]')
     return [(m[1], m[2], m[3]) for m in re.finditer(r'^    (\w+): [^=]+ = (.+?)  # (.+)$', source, re.M)]
 
@@ -164,27 +180,41 @@ def check_optimizer(
     try: create_optimizer_v2([torch.nn.Parameter(torch.zeros(1))], opt=name, lr=1e-3, **options)
     except (TypeError, ValueError, AssertionError) as error: raise ConfigError(f'optimizer_options: {name} cannot be made with {options}: {error}') from error
 
+# %% ../../nbs/training/config.ipynb #034c7e89
+def check_model(
+    name: str,  # of timm, or of ours
+) -> None:
+    "Raises ConfigError if there is no such model."
+    import timm
+    from aaai_lt.models import repopt, repvgg  # they register their variants
+    if not timm.is_model(name.split('.')[0]): raise ConfigError(f'model is {name!r}, which timm does not know: {nearest(name, timm.list_models())[:200]}')
+
+# %% ../../nbs/training/config.ipynb #db24b132
+def check_parts(config: Config) -> None:
+    "Raises ConfigError if a part that the settings name does not exist, or not with its options."
+    from aaai_lt.data.augment import augment_options
+    from aaai_lt.losses.factory import make_loss
+    from aaai_lt.models.heads import make_head
+    from aaai_lt.training.pretrain import check_pretraining
+    from aaai_lt.training.stages import check_start
+    check_model(config.model)
+    check_optimizer(config.optimizer, config.optimizer_options)
+    check_start(config)
+    check_pretraining(config)
+    augment_options(config.augment, config.augment_options)
+    make_loss(config.loss, [1, 1], **config.loss_options | ({'prior': None} if 'prior' in config.loss_options else {}))  # a prior may be of a stage that has not run
+    make_head(config.head, 2, 2, **config.head_options)
+
 # %% ../../nbs/training/config.ipynb #fb44d5ec
 def check_together(
     config: Config,
 ) -> Config:
     "The config, if its parts exist and go together. Raises ConfigError."
-    from aaai_lt.data.augment import augment_options
-    from aaai_lt.losses.factory import make_loss
-    from aaai_lt.models.heads import make_head
-    import timm
-    from aaai_lt.models import repopt, repvgg  # they register their variants
-    from aaai_lt.training.pretrain import check_pretraining
-    from aaai_lt.training.stages import check_start, stage_configs
+    from aaai_lt.losses.factory import LOSSES
+    from aaai_lt.training.stages import stage_configs
     if config.stages: stage_configs(config); return config
-    if not timm.is_model(config.model.split('.')[0]): raise ConfigError(f'model is {config.model!r}, which timm does not know: {nearest(config.model, timm.list_models())[:200]}')
-    check_optimizer(config.optimizer, config.optimizer_options)
-    check_start(config)
-    check_pretraining(config)
-    augment_options(config.augment, config.augment_options)
-    loss = make_loss(config.loss, [1, 1], **config.loss_options | ({'prior': None} if 'prior' in config.loss_options else {}))  # a prior may be of a stage that has not run
-    make_head(config.head, 2, 2, **config.head_options)
-    if config.adjust_tau and loss.adjusted: raise ConfigError(f'adjust_tau={config.adjust_tau} with loss {config.loss!r}, which removes the prior already: adjust in the loss or afterwards, never both')
+    check_parts(config)
+    if config.adjust_tau and LOSSES[config.loss].adjusted: raise ConfigError(f'adjust_tau={config.adjust_tau} with loss {config.loss!r}, which removes the prior already: adjust in the loss or afterwards, never both')
     if config.val_fraction + config.test_fraction >= 1: raise ConfigError('val_fraction and test_fraction leave nothing to train on')
     if config.warmup_epochs >= config.epochs and config.epochs > 1: raise ConfigError(f'warmup_epochs={config.warmup_epochs} leaves nothing of {config.epochs} epochs')
     if config.store_size and config.input_size and config.store_size < config.input_size: raise ConfigError(f'store_size={config.store_size} is smaller than input_size={config.input_size}')

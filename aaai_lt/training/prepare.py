@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['images_alone', 'look_at_data', 'training_table', 'make_table', 'data_hash', 'choose_input_size', 'Split', 'Data',
-           'prepare', 'describe_data', 'model_of', 'build_model']
+           'prepare', 'describe_data', 'model_of', 'build_model', 'eval_batches']
 
 # %% ../../nbs/training/prepare.ipynb #067fea37
 import hashlib
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+# %% ../../nbs/training/prepare.ipynb #cadfe6a0
 from ..core import ConfigError, DataError, resolve
+from ..data.augment import eval_batch
 from ..data.builtin import BUILTIN, read_builtin
 from ..data.longtail import cut_tail
 from ..data.pixels import PixelStore, build_store
@@ -122,10 +124,7 @@ def prepare(
     check_kind(config, table)
     size = choose_input_size(config, table)
     store, table = build_store(table, config.store_size or size, config.resize, config.max_pixels, None, config.bad_images, config.workers, progress)
-    splits = {}
-    for name in ('train', 'val', 'test'):
-        part = table.split(name)
-        if len(part): splits[name] = Split(store.rows(part.path), table.targets(name), table.ids(part))
+    splits = {name: Split(store.rows(part.path), table.targets(name), table.ids(part)) for name in ('train', 'val', 'test') if len(part := table.split(name))}
     if 'train' not in splits: raise DataError(f'{table.name} has no training images')
     if 'val' not in splits and selected(config, table.multilabel) != 'last': raise DataError(f"no class of {table.name} is large enough for a validation image (val_fraction={config.val_fraction}): raise val_fraction, set tiny_classes='both', or set select='last' to do without")
     blind = {name: not_held_out(table, name) for name in splits if name != 'train'}
@@ -159,3 +158,17 @@ def build_model(
     "The model of a run, its fresh weights decided by the seed. Raises ConfigError."
     torch.manual_seed(config.seed)
     return model_of(config, len(data.table.classes), data.input_size, config.pretrained)
+
+# %% ../../nbs/training/prepare.ipynb #ea3a4f3f
+def eval_batches(
+    data: Data,
+    split: Split,
+    model,  # its `mean` and `std` normalise the images
+    size: int,  # pixels
+    batch_size: int = 128,
+    device='cpu',
+):
+    "Yields the images of a split batch by batch: float32, shape (B, 3, size, size), on the device."
+    mean, std = (torch.tensor(values, device=device) for values in (model.mean, model.std))
+    for a in range(0, len(split), batch_size):
+        yield eval_batch(torch.from_numpy(data.store[split.rows[a:a + batch_size]]).to(device), size, mean, std)
