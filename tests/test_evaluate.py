@@ -12,17 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, confusion_matrix, roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, confusion_matrix, f1_score, roc_auc_score
 from test_train import papermill, report
 
 from aaai_lt.analysis.calibration import calibration_error, classwise_calibration, reliability, top_confidence
 from aaai_lt.analysis.errors import confusion_groups, size_correlation, swapped_pairs
+from aaai_lt.analysis.gradcam import grad_cam, show_label_cams, worst_label_errors
 from aaai_lt.analysis.mirror import mirror_table
 from aaai_lt.analysis.roc import class_areas, class_curves, ranking_areas
+from aaai_lt.analysis.thresholds import decide_by_parts, tune_thresholds
 from aaai_lt.core import ConfigError, DataError
 from aaai_lt.data.predictions import Predictions, load_predictions, probabilities
 from aaai_lt.training.config import make_config
-from aaai_lt.training.evaluate import adopt_weights, data_changes, evaluate, evaluation_folder, other_data, run_data
+from aaai_lt.training.evaluate import adopt_weights, data_changes, evaluate, evaluation_folder, other_data, run_data, run_model, validation_of
 from aaai_lt.training.loop import train
 
 
@@ -41,6 +43,12 @@ def module_home(tmp_path_factory):
 def run(module_home):
     "Cross-entropy with post-hoc adjustment: what it writes is not what leaves the network."
     return train(make_config(data='digits', name='mine', input_size=32, epochs=8, loss='cross_entropy', adjust_tau=1.0, device='cpu'), say=silent)
+
+
+@pytest.fixture(scope='module')
+def mosaic(module_home):
+    "Several labels an image."
+    return train(make_config(data='digits-mosaic:0.1', name='mosaic', quick=True, batch_size=16, device='cpu'), say=silent)
 
 
 def random_predictions(n=60, c=5, seed=0):
@@ -101,6 +109,73 @@ def test_the_notebook_on_images_without_labels(run, tmp_path):
     space, printed = execute('evaluate.ipynb', run=str(run.folder), data=str(tmp_path/'flat'))
     assert '3 images without labels' in printed and sorted(p.name for p in space['folder'].iterdir()) == ['predictions', 'predictions.csv', 'summary.json']
     assert list(pd.read_csv(space['folder']/'predictions.csv').columns[:3]) == ['file', 'predicted', 'p 0']
+
+
+def test_the_report_of_several_labels(mosaic, module_home):
+    "Thresholds of validation decide the test images; every section has something to say of them."
+    code, output = papermill(module_home, 'evaluate.ipynb', '-p', 'run', 'mosaic', '-p', 'split', 'test')
+    assert code == 0, output[-3000:]
+    folder = mosaic.folder/'evaluate'/'test'
+    assert {p.name for p in folder.iterdir()} == {'predictions', 'summary.json', *(f'{name}.csv' for name in ('predictions', 'per_class', 'thresholds', 'decisions', 'confusion', 'cooccurrence', 'images', 'curves', 'calibration', 'mirror'))}
+    val, test = mosaic.predictions('val'), load_predictions(folder/'predictions')
+    thresholds = pd.read_csv(folder/'thresholds.csv', dtype={'class': str})
+    assert np.allclose(thresholds.threshold, tune_thresholds(val).threshold, atol=1e-5)
+    said, table = probabilities(test) >= tune_thresholds(val).threshold.to_numpy(), pd.read_csv(folder/'predictions.csv', dtype=str, keep_default_na=False)
+    assert list(table.predicted) == [';'.join(np.array(test.classes)[row]) for row in said] and list(table.correct.astype(int)) == (said == test.targets).all(1).astype(int).tolist()
+    decisions, confusion = (pd.read_csv(folder/f'{name}.csv', dtype={'class': str}).set_index('class') for name in ('decisions', 'confusion'))
+    for c, name in enumerate(test.classes):
+        assert np.isclose(decisions.f1_tuned[name], f1_score(test.targets[:, c], said[:, c], zero_division=0), atol=1e-5) and np.isclose(decisions.f1[name], f1_score(test.targets[:, c], test.scores[:, c] >= 0, zero_division=0), atol=1e-5)
+        assert confusion.loc[name, ['right', 'missed', 'added', 'right_absent']].astype(int).tolist() == confusion_matrix(test.targets[:, c], said[:, c], labels=[0, 1])[[1, 1, 0, 0], [1, 0, 1, 0]].tolist()
+    summary = json.loads((folder/'summary.json').read_text())
+    assert np.isclose(summary['tuned']['OF1'], f1_score(test.targets, said, average='micro')) and np.isclose(summary['mAP'], average_precision_score(test.targets, probabilities(test), average='macro'))
+    from torchmetrics.functional.classification import binary_calibration_error
+    assert np.isclose(summary['calibration_error'], binary_calibration_error(torch.from_numpy(probabilities(test).ravel()), torch.from_numpy(test.targets.ravel()).long(), n_bins=15).item(), atol=1e-5)
+    text = report(module_home)
+    assert 'CF1' in text and 'at one half' in text and 'of all labels' in text and 'an image and its mirror image' in text and 'no labels' not in text
+
+
+def test_several_labels_on_validation_and_without_labels(mosaic, tmp_path):
+    space, printed = execute('evaluate.ipynb', run='mosaic', split='val')
+    val = mosaic.predictions('val')
+    assert (space['decided'].scores == decide_by_parts(val).scores).all()
+    for i in range(3): noise(tmp_path/'flat'/f'{i}.png', i)
+    space, printed = execute('evaluate.ipynb', run='mosaic', data=str(tmp_path/'flat'))
+    assert '3 images without labels' in printed and sorted(p.name for p in space['folder'].iterdir()) == ['predictions', 'predictions.csv', 'summary.json', 'thresholds.csv']
+    said = probabilities(space['predictions']) >= tune_thresholds(val).threshold.to_numpy()
+    assert list(pd.read_csv(space['folder']/'predictions.csv', dtype=str, keep_default_na=False).predicted) == [';'.join(np.array(val.classes)[row]) for row in said]
+
+
+def test_thresholds_come_from_answers_made_in_the_same_way(mosaic):
+    test = mosaic.predictions('test')
+    assert validation_of(mosaic, test).scores is not None and validation_of(mosaic, mosaic.predictions('val')).meta['split'] == 'val'
+    mirrored = evaluate(mosaic, 'test', tta='mirror')
+    again = validation_of(mosaic, mirrored)
+    assert again.meta['tta'] == 'mirror' and np.abs(again.scores - mosaic.predictions('val').scores).max() > 1e-3 and list(again.ids) == list(mosaic.predictions('val').ids)
+
+
+def test_no_image_has_a_say_in_its_own_decision(mosaic):
+    import dataclasses
+    val = mosaic.predictions('val')
+    before = decide_by_parts(val).scores
+    for i in (0, 7, 31):
+        targets = val.targets.copy()
+        targets[i] = 1 - targets[i]
+        assert (decide_by_parts(dataclasses.replace(val, targets=targets)).scores[i] == before[i]).all()
+
+
+@pytest.mark.parametrize('head', ['linear', 'ml_decoder', 'query2label'])
+def test_maps_of_single_labels(mosaic, head):
+    "What spoke for a label, with every head; on a map, its sum is the gradient times the features."
+    from aaai_lt.models.zoo import make_model
+    torch.manual_seed(0)
+    model, images = make_model('test_resnet', 10, head=head).eval(), torch.randn(2, 3, 96, 96)
+    maps = grad_cam(model, images, torch.tensor([1, 7]))
+    assert maps.shape == (2, 3, 3) and maps.isfinite().all() and not torch.equal(maps, grad_cam(model, images, torch.tensor([2, 5])))
+    if head == 'linear':
+        predictions, data = mosaic.predictions('test'), run_data(mosaic, progress=False)
+        errors = worst_label_errors(predictions, count=3)
+        for row in errors.itertuples(): assert (predictions.scores[row.image, row.label] >= 0) == (row.error == 'added') != (predictions.targets[row.image, row.label] == 1)
+        assert len(show_label_cams(run_model(mosaic), data, predictions, errors).axes) == 2 * len(errors)
 
 
 def test_splits_are_those_of_the_run(run):

@@ -1,4 +1,4 @@
-"The explorer and the review panel: their widgets moved from Python, the report by papermill, and all of it used in a real browser."
+"The explorer and the review panel: their widgets moved from Python, the report by papermill, and all of it used in a real browser; there too the sliders of the hardware notebook."
 import json
 import os
 import re
@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from aaai_lt.analysis import explorer
 from aaai_lt.core import DataError, StorageError
+from aaai_lt.data.predictions import Predictions
 from aaai_lt.data.scan import scan
-from aaai_lt.data.table import ImageTable, read_folder
+from aaai_lt.data.table import ImageTable, read_csv, read_folder
 
 
 @pytest.fixture
@@ -35,6 +36,28 @@ def pets(tmp_path):
 
 @pytest.fixture
 def table(pets): return scan(read_folder(pets), progress=False)
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    "Three classes, several on an image; of the last nobody knows on the first image."
+    random, rows = np.random.default_rng(0), []
+    for i in range(24):
+        there = (random.random(3) < [0.7, 0.4, 0.2]).astype(int)
+        noise(tmp_path/'zoo'/'images'/f'{i:02}.png', i, (30 + i, 20 + i))
+        rows.append([f'images/{i:02}.png', ('train', 'val')[i % 2], *there])
+    rows[0][4] = -1
+    pd.DataFrame(rows, columns=['path', 'split', 'ape', 'bat', 'cat']).to_csv(tmp_path/'zoo'/'labels.csv', index=False)
+    return scan(read_csv(tmp_path/'zoo'/'labels.csv'), progress=False)
+
+
+def label_predictions(table, spoilt):
+    "Answers of a run to the validation images that are right but for some: {place: {class: probability}}."
+    targets, paths = table.targets('val'), table.split('val').path.to_numpy(object)
+    p = np.where(targets == 1, 0.8, 0.2)
+    for place, changes in spoilt.items():
+        for c, value in changes.items(): p[place, c] = value
+    return Predictions(p.astype('float32'), paths, table.classes, targets, {'kind': 'probabilities', 'activation': 'sigmoid', 'split': 'val'})
 
 
 def walk(box): return [box, *(w for child in getattr(box, 'children', ()) for w in walk(child))]
@@ -136,6 +159,55 @@ def test_labels_that_look_like_html_are_shown_as_text(tmp_path):
     noise(tmp_path/'pets'/'plain'/'1.png', 2)
     box = explorer.explore(scan(read_folder(tmp_path/'pets'), progress=False))
     assert '&lt;b&gt;bold' in find(box, 'HTML').value
+
+
+# -- several labels on an image
+
+def test_classes_of_several_labels(zoo):
+    rows = explorer.class_rows(zoo, explorer.chosen_rows(zoo, 'width > 40', 'val'))
+    part = zoo.frame[(zoo.frame.split == 'val') & (zoo.frame.width > 40)]
+    assert all(rows.images[c] == sum(c in sets for sets in part.label) for c in range(3))
+    answers = explorer.answers_of(label_predictions(zoo, {}), zoo)
+    judged = explorer.class_rows(zoo, explorer.chosen_rows(zoo), answers, 'lowest average precision')
+    assert (judged.average_precision == 1).all() and (judged.errors == 0).all() and (judged.judged == (zoo.targets('val') == 1).sum(0)[judged.index]).all()
+
+
+def test_unknown_labels_are_no_errors_and_no_suspects(zoo):
+    first = zoo.with_frame(zoo.frame.assign(split='val'))  # the first image too, of whose cat nobody knows
+    answers = explorer.answers_of(label_predictions(first, {0: {2: 0.99}}), first)
+    assert explorer.class_rows(first, first.frame, answers).errors.sum() == 0 and not len(explorer.suspects(first, answers)) and len(explorer.class_lines(first, first.frame, 2, answers)) == 1
+
+
+def test_several_labels_are_explored_and_settled(zoo, tmp_path):
+    val, targets = zoo.split('val').path, zoo.targets('val')
+    bat = 0.9 if targets[4, 1] == 0 else 0.1
+    answers = explorer.answers_of(label_predictions(zoo, {4: {1: bat}, 7: {0: 0.97 if targets[7, 0] == 0 else 0.03}}), zoo)
+    box = explorer.explore(zoo, answers)
+    bars = next(w for w in walk(box) if 'aaai-lt-bars' in getattr(w, '_dom_classes', ()))
+    before = bytes(find(box, 'Image').value)
+    bars.children[1].click()
+    assert bytes(find(box, 'Image').value) != before and 'average precision' in find(box, 'HTML').value
+    find(box, 'Dropdown', 'order').value = 'most errors'
+    assert {label for _, label in find(box, 'Select').options[:2]} == {0, 1}
+    found, file = explorer.suspects(zoo, answers), tmp_path/'fixes.csv'
+    assert list(found.path) == [val[7], val[4]] and found.reason.str.contains('97%|3%').iloc[0]
+    suggested = {val[7]: targets[7] ^ [1, 0, 0], val[4]: targets[4] ^ [0, 1, 0]}
+    panel = explorer.review(zoo, found, file)
+    for path in found.path:
+        if suggested[path].any(): assert find(panel, 'TagsInput').value == [zoo.classes[c] for c in suggested[path].nonzero()[0]]
+        find(panel, 'TagsInput').value = [zoo.classes[c] for c in suggested[path].nonzero()[0]]  # an empty suggestion is not filled in
+        find(panel, 'Button', 'relabel').click()
+    assert 'All 2' in find(panel, 'HTML').value
+    fixed = zoo.with_fixes(file).frame.set_index('path').label
+    assert all(fixed[path] == tuple(suggested[path].nonzero()[0]) for path in found.path) and fixed.drop(list(found.path)).equals(zoo.frame.set_index('path').label.drop(list(found.path)))
+    assert not len(explorer.undecided(found, file))
+
+
+def test_nothing_is_there_is_a_decision_of_several_labels_only(zoo, table, tmp_path):
+    path = zoo.frame.path[3]
+    explorer.record(tmp_path/'fixes.csv', path, 'relabel', '', multilabel=True)
+    assert zoo.with_fixes(tmp_path/'fixes.csv').frame.set_index('path').label[path] == ()
+    with pytest.raises(DataError, match='is no decision'): explorer.record(tmp_path/'other.csv', 'cat/0.png', 'relabel', '')
 
 
 # -- the report
@@ -280,6 +352,56 @@ def use_explorer(page, file):
     assert [line.split(',')[1] for line in file.read_text().splitlines()] == ['action', 'drop']
 
 
+LABELS = """
+from aaai_lt.analysis.explorer import answers_of, explore, review, suspects
+from aaai_lt.data.predictions import Predictions
+from aaai_lt.data.scan import scan
+from aaai_lt.data.table import read_csv
+table = scan(read_csv({file!r}), progress=False)
+shown = table.targets('val')
+scores = 4.0 * (shown == 1) - 2
+scores[3] = -scores[3] * 2
+predictions = Predictions(scores.astype('float32'), table.split('val').path.to_numpy(object), table.classes, shown, {{'activation': 'sigmoid', 'split': 'val'}})
+answers = answers_of(predictions, table)
+display(explore(table, answers), review(table, suspects(table, answers), {fixes!r}))
+"""
+
+
+def settle_labels(page, table, file):
+    "Click a class, then give an image another set of labels: take one tag away, type another."
+    box, panel = page.locator('.widget-box:has(> .aaai-lt-bars)'), page.locator('.aaai-lt-review')
+    picture = box.locator('img.widget-image')
+    picture.wait_for()
+    first = settled(page, picture)
+    box.locator('.aaai-lt-bars button').nth(2).click()
+    settled(page, picture, first)
+    box.locator('.widget-html').get_by_text(re.compile('average precision')).wait_for()
+    tags = panel.locator('.jupyter-widget-tagsinput')
+    while tags.locator('.jupyter-widget-tag').count(): tags.locator('.jupyter-widget-tag-close').first.click()
+    for name in ('cat', 'ape'):
+        tags.locator('input').fill(name)
+        tags.locator('input').press('Enter')
+    panel.get_by_role('button', name='relabel').click()
+    panel.get_by_text('relabel: written.').wait_for()
+    fixed = table.with_fixes(file)
+    changed = [(path, new) for path, new, old in zip(table.frame.path, fixed.frame.label, table.frame.label) if new != old]
+    assert [new for _, new in changed] == [(0, 2)] and changed[0][0] == table.split('val').path[3]
+
+
+def use_sliders(page):
+    "Input size, width and blocks, each a step by the keyboard: the picture of cost and memory follows."
+    picture = page.locator('.jupyter-widgets-output-area img, .widget-output img')
+    page.locator('.widget-slider').first.wait_for()
+    assert [text.strip() for text in page.locator('.widget-slider .widget-label').all_inner_texts()] == ['pixels', 'chip KiB', *(f'{what} {i}' for what in ('blocks', 'width') for i in range(1, 5))]
+    shown = settled(page, picture)
+    for name in ('pixels', 'width 4', 'blocks 3'):
+        slider = page.locator('.widget-slider').filter(has=page.locator('.widget-label', has_text=re.compile(f'^{name}$')))
+        before = slider.locator('.widget-readout').inner_text()
+        slider.locator('.noUi-handle').press('ArrowRight')
+        shown = settled(page, picture, shown)
+        assert slider.locator('.widget-readout').inner_text() != before
+
+
 def watch_training(page):
     "The plot of a run is drawn while the run goes on, and redrawn."
     live = page.locator('.jp-CodeCell', has_text='live_plot(run_name(config))').locator('.jp-RenderedImage img')
@@ -292,18 +414,21 @@ def watch_training(page):
     page.locator('#jp-main-statusbar').get_by_text(re.compile(r'\| Idle')).wait_for()
 
 
-def test_in_a_browser(tmp_path, home, pets):
-    "JupyterLab in headless Chromium: analyse is run and used, then train draws its plot while it trains."
+def test_in_a_browser(tmp_path, home, pets, zoo):
+    "JupyterLab in headless Chromium: analyse is run and used, several labels are settled, the hardware sliders are moved, and train draws its plot while it trains."
     playwright, executable = find_browser()
     folder = tmp_path/'lab'
     (folder/'work').mkdir(parents=True)
     with_parameters('analyse.ipynb', folder/'work'/'analyse.ipynb', data=str(pets), pixels=False)
     with_parameters('train.ipynb', folder/'work'/'train.ipynb', name='watched', epochs=8)
+    with_parameters('profile.ipynb', folder/'work'/'profile.ipynb', models=['repvgg_n1'], pictures=1)
+    several = LABELS.format(file=str(zoo.root/'labels.csv'), fixes=str(home/'outputs'/'zoo-fixes.csv'))
+    (folder/'work'/'labels.ipynb').write_text(json.dumps({'cells': [{'cell_type': 'code', 'id': 'labels', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': several}], 'metadata': {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}, 'nbformat': 4, 'nbformat_minor': 5}))
     lab, errors = Lab(folder, home), []
     try:
         with playwright.sync_playwright() as p:
             browser = p.chromium.launch(executable_path=executable, headless=True, args='--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
-            for notebook, use in (('analyse.ipynb', lambda page: use_explorer(page, home/'outputs'/'pets-fixes.csv')), ('train.ipynb', watch_training)):
+            for notebook, use in (('analyse.ipynb', lambda page: use_explorer(page, home/'outputs'/'pets-fixes.csv')), ('labels.ipynb', lambda page: settle_labels(page, zoo, home/'outputs'/'zoo-fixes.csv')), ('profile.ipynb', use_sliders), ('train.ipynb', watch_training)):
                 page = browser.new_page(viewport={'width': 1300, 'height': 900})
                 page.set_default_timeout(120_000)
                 page.on('pageerror', lambda error: errors.append(str(error)))

@@ -200,6 +200,38 @@ def test_a_run_from_end_to_end(finished, inside):
     assert (quantize.predict_onnx(run.folder/'model.int8.onnx', [pictures]).argmax(1) == quantize.predict_onnx(run.folder/'model.onnx', [pictures]).argmax(1)).mean() > 0.5
 
 
+@pytest.mark.parametrize('activation', [False, True])
+def test_several_labels_from_end_to_end(finished, activation):
+    "Average precision and labels against scikit-learn and counting; with a sigmoid inside, one half is the probability."
+    from sklearn.metrics import average_precision_score
+    run = train(make_config(data='digits-mosaic:0.1', quick=True, batch_size=16, name='mosaic', device='cpu'), say=lambda text: None)  # in the fixture's home; finished the second time
+    data = run_data(run, progress=False)
+    export.export_run(run, data.table, 21, activation=activation)
+    report, part = quantize.quantize_run(run, data, images=64, split='test', keep_float='propose').set_index(['kind', 'name']), data.splits['test']
+    before, after = (quantize.predict_onnx(run.folder/name, quantize.image_batches(data, part.rows, run.data)) for name in ('model.onnx', 'model.int8.onnx'))
+    said, half = [scores >= (0.5 if activation else 0) for scores in (before, after)], run.summary['test']
+    assert np.isclose(report.float['overall', 'mAP'], half['mAP'], atol=1e-3) and np.isclose(report.float['overall', 'OF1'], half['OF1'], atol=1e-3)
+    assert np.isclose(report.int8['overall', 'mAP'], average_precision_score(part.labels, after, average='macro'))
+    assert all((report.taken['class', name], report.given['class', name]) == ((said[0] & ~said[1])[:, c].sum(), (said[1] & ~said[0])[:, c].sum()) for c, name in enumerate(data.table.classes))
+    assert np.isclose(report.agreement['overall', 'mAP'], 2 * (said[0] & said[1]).sum() / (said[0].sum() + said[1].sum())) and report.agreement['overall', 'mAP'] > 0.9
+
+
+def test_a_layer_that_moves_a_class_is_to_blame(tmp_path):
+    "A shift of one label for all images is an error with several labels, and harmless to the order of one."
+    expected = np.random.default_rng(0).normal(size=(50, 4))
+    alike, one = expected + 1, expected + [2, 0, 0, 0]
+    assert quantize.change_of_scores(expected, alike)[0] < 1e-12 < 0.5 < quantize.change_of_scores(expected, alike, multilabel=True)[0]
+    assert quantize.change_of_scores(expected, one, multilabel=True)[1] == quantize.same_labels(expected >= 0, one >= 0) < 1
+    assert quantize.change_of_scores(expected, expected, multilabel=True) == (0, 1) and quantize.change_of_scores(expected - 99, expected - 98, multilabel=True)[1] == 1  # nothing is said by either
+
+
+def test_the_profile_of_a_run_with_several_labels(finished):
+    from test_evaluate import execute
+    run = train(make_config(data='digits-mosaic:0.1', quick=True, batch_size=16, name='mosaic', device='cpu'), say=lambda text: None)
+    space, printed = execute('profile.ipynb', run='mosaic', models=['repvgg_n1'], pictures=1, time_here=False, max_macs=40.0)
+    assert {'mAP', 'OF1'} <= set(space['int8'].name) and (run.folder/'int8.csv').is_file() and 'int8.csv' in printed and 'model.int8.onnx' in printed
+
+
 def test_an_old_export_is_not_taken_for_the_run(finished):
     run, data = finished
     export.export_run(run, data.table, 21)

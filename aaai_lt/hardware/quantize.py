@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['WEIGHTED', 'IN_FLOAT', 'METHODS', 'PARTS', 'prepare_float', 'weighted_layers', 'kernel_of', 'quantised_nodes',
-           'image_batches', 'calibration_rows', 'calibrator', 'OneBatch', 'calibrate', 'quantise', 'predict_onnx',
-           'relative_error', 'rounded', 'layer_errors', 'plot_errors', 'propose_float', 'chains', 'equalised',
-           'int8_report', 'parts', 'spread', 'plot_spread', 'float_file', 'input_form', 'quantize_run']
+           'image_batches', 'calibration_rows', 'calibrator', 'OneBatch', 'collect', 'calibrate', 'check_layers',
+           'quantise', 'predict_onnx', 'relative_error', 'rounded', 'said_labels', 'same_labels', 'half_of',
+           'change_of_scores', 'layer_errors', 'plot_errors', 'propose_float', 'chains', 'equalisable', 'equalise_pair',
+           'equalised', 'report_rows', 'int8_report', 'int8_label_report', 'parts', 'spread', 'draw_spread',
+           'plot_spread', 'float_file', 'input_form', 'check_run', 'judge_int8', 'quantize_run']
 
 # %% ../../nbs/hardware/quantize.ipynb #f63187a6
 import contextlib
@@ -27,6 +29,7 @@ from ..data.longtail import BANDS
 from .export import INPUTS, export_run, model_images, open_onnx, read_metadata, save_onnx, write_metadata
 from ..training.evaluate import data_changes, run_data
 from ..training.metrics import confusion_matrix, per_class
+from ..training.multilabel import per_class_multilabel, summarise_multilabel
 from ..training.prepare import Data
 from ..training.run import Run, load_run
 
@@ -114,25 +117,17 @@ def calibration_rows(
 # %% ../../nbs/hardware/quantize.ipynb #aec696d7
 def calibrator(
     model,  # onnx.ModelProto, from prepare_float
-    batches,  # arrays in the form that the model takes
     method: str,  # of METHODS
     folder: str,  # for what onnxruntime writes
     **options,
-):  # -> onnxruntime's calibrator, which has seen the batches
-    "Ranges or histograms of every activation, collected batch by batch in bounded memory. Raises ConfigError, DataError."
+):  # -> onnxruntime's calibrator, which has seen nothing yet
+    "What collects ranges or histograms of every activation. Raises ConfigError."
     import onnx
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
     if method not in METHODS: raise ConfigError(f'method is {method!r}: {nearest(method, METHODS)}')
     onnx.save(model, f'{folder}/float.onnx')
     name, defaults = METHODS[method]
-    made = create_calibrator(Path(f'{folder}/float.onnx'), None, f'{folder}/augmented.onnx', CalibrationMethod[name], extra_options=defaults | options)
-    source, seen = model.graph.input[0].name, 0
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each batch
-        for batch in batches:
-            made.collect_data(OneBatch({source: batch}))
-            seen += len(batch)
-    if not seen: raise DataError('no images to calibrate on')
-    return made
+    return create_calibrator(Path(f'{folder}/float.onnx'), None, f'{folder}/augmented.onnx', CalibrationMethod[name], extra_options=defaults | options)
 
 # %% ../../nbs/hardware/quantize.ipynb #428b7b79
 class OneBatch:
@@ -143,6 +138,21 @@ class OneBatch:
         return inputs
 
 # %% ../../nbs/hardware/quantize.ipynb #ddf46d27
+def collect(
+    made,  # from calibrator
+    source: str,  # the name of the model's input
+    batches,  # arrays in the form that the model takes
+):  # -> the calibrator
+    "Show images to a calibrator, batch by batch in bounded memory. Raises DataError without any."
+    seen = 0
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each batch
+        for batch in batches:
+            made.collect_data(OneBatch({source: batch}))
+            seen += len(batch)
+    if not seen: raise DataError('no images to calibrate on')
+    return made
+
+# %% ../../nbs/hardware/quantize.ipynb #a8628c18
 def calibrate(
     model,  # onnx.ModelProto, from prepare_float
     batches,  # arrays in the form that the model takes
@@ -153,9 +163,16 @@ def calibrate(
     if not 50 < percentile <= 100: raise ConfigError(f'percentile is {percentile!r}; a number in (50, 100] is expected')
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         options = {'percentile': percentile} if method == 'percentile' else {}
-        return calibrator(model, batches, method, folder, **options).compute_data()
+        return collect(calibrator(model, method, folder, **options), model.graph.input[0].name, batches).compute_data()
 
 # %% ../../nbs/hardware/quantize.ipynb #f58c4966
+def check_layers(layers: dict, names) -> None:
+    "Raises ConfigError for a name that is none of these layers, or if there is no layer at all."
+    if not layers: raise ConfigError('the model has no layers with weights to quantise')
+    for name in names:
+        if name not in layers: raise ConfigError(f'no layer {name!r}: {nearest(name, layers)}')
+
+# %% ../../nbs/hardware/quantize.ipynb #e7fc7a8d
 def quantise(
     model,  # onnx.ModelProto, from prepare_float
     ranges,  # from calibrate
@@ -167,12 +184,8 @@ def quantise(
     "A model in int8, QDQ form. Raises ConfigError for an unknown layer."
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static, save_tensors_data
-    layers = weighted_layers(model)
-    if not layers: raise ConfigError('the model has no layers with weights to quantise')
-    for name in (*keep_float, *([only] if only else [])):
-        if name not in layers: raise ConfigError(f'no layer {name!r}: {nearest(name, layers)}')
-    nodes = quantised_nodes(model, layers, keep_float, only)
-    if not nodes: raise ConfigError('keep_float leaves nothing to quantise')
+    check_layers(layers := weighted_layers(model), (*keep_float, *([only] if only else [])))
+    if not (nodes := quantised_nodes(model, layers, keep_float, only)): raise ConfigError('keep_float leaves nothing to quantise')
     with tempfile.TemporaryDirectory() as folder:
         save_tensors_data(ranges, f'{folder}/ranges.json')
         quantize_static(model, f'{folder}/int8.onnx', None, QuantFormat.QDQ, per_channel=per_channel, reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
@@ -206,6 +219,35 @@ def rounded(
     scale = np.maximum(top, 1e-30) / 127
     return np.round(weights / scale) * scale
 
+# %% ../../nbs/hardware/quantize.ipynb #95c950a0
+def said_labels(
+    scores: np.ndarray,  # shape (N, classes)
+    multilabel: bool = False,  # several labels an image
+    half: float = 0.0,  # the score that is a probability of one half
+) -> np.ndarray:  # bool, shape (N, classes)
+    "The labels that scores say: the largest, or of several labels all from one half on."
+    return scores >= half if multilabel else np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+
+def same_labels(one: np.ndarray, other: np.ndarray, axis=None):
+    "Of the labels that either says, the share that both say: 2 |A ∩ B| / (|A| + |B|); NaN where nothing is said."
+    with np.errstate(invalid='ignore'): return 2 * (one & other).sum(axis) / (one.sum(axis) + other.sum(axis))
+
+# %% ../../nbs/hardware/quantize.ipynb #252862ea
+def half_of(model) -> float:
+    "The score of an ONNX model that is a probability of one half: 0.5 if it ends in a sigmoid, else 0."
+    return 0.5 if any(node.op_type == 'Sigmoid' and model.graph.output[0].name in node.output for node in model.graph.node) else 0.0
+
+def change_of_scores(
+    expected: np.ndarray,  # shape (N, classes)
+    got: np.ndarray,
+    multilabel: bool = False,
+    half: float = 0.0,
+) -> tuple:  # (relative error of the scores, share of the said labels that stay)
+    "How far answers are from what they should be."
+    centres = [expected.mean(0)] * 2 if multilabel else [scores.mean(1, keepdims=True) for scores in (expected, got)]
+    one, other = (said_labels(scores, multilabel, half) for scores in (expected, got))
+    return relative_error(expected - centres[0], got - centres[1]), float(np.nan_to_num(same_labels(one, other), nan=1.0))
+
 # %% ../../nbs/hardware/quantize.ipynb #89df156e
 def layer_errors(
     model,  # onnx.ModelProto, from prepare_float
@@ -213,16 +255,14 @@ def layer_errors(
     batches: list,  # of arrays in the form that the model takes
     per_channel: bool = True,
     say=None,  # called with a text for each layer
+    multilabel: bool = False,  # several labels an image
 ) -> pd.DataFrame:  # layer, kind, weights, weight_error, error, changed (share of the decisions); worst first
     "What each layer in int8 does to the answers when it is the only one."
     expected, rows = predict_onnx(model, batches), []
-    centred = expected - expected.mean(1, keepdims=True)
     for name, node in weighted_layers(model).items():
-        got = predict_onnx(quantise(model, ranges, per_channel, only=name), batches)
-        weights = kernel_of(model, node)
-        rows.append({'layer': name, 'kind': node.op_type, 'weights': weights.size, 'weight_error': relative_error(weights, rounded(weights, per_channel)),
-                     'error': relative_error(centred, got - got.mean(1, keepdims=True)), 'changed': float((got.argmax(1) != expected.argmax(1)).mean())})
-        if say: say(f'{name}: {rows[-1]["error"]:.2%}')
+        error, same = change_of_scores(expected, predict_onnx(quantise(model, ranges, per_channel, only=name), batches), multilabel, half_of(model))
+        rows.append({'layer': name, 'kind': node.op_type, 'weights': (weights := kernel_of(model, node)).size, 'weight_error': relative_error(weights, rounded(weights, per_channel)), 'error': error, 'changed': 1 - same})
+        if say: say(f'{name}: {error:.2%}')
     return pd.DataFrame(rows).sort_values('error', ascending=False, kind='stable').reset_index(drop=True)
 
 # %% ../../nbs/hardware/quantize.ipynb #dd4192a8
@@ -231,17 +271,13 @@ def plot_errors(
     most: int = 20,  # layers shown, the worst
 ) -> Figure:
     "The error that each layer causes when it alone is in int8."
-    frames = errors if isinstance(errors, dict) else {'': errors}
-    tall = max(min(most, len(frame)) for frame in frames.values())
-    fig, axes = plt.subplots(1, len(frames), figsize=(5 * len(frames), 0.24 * tall + 0.9), sharex=True, squeeze=False, layout='constrained')
-    for ax, (name, frame) in zip(axes[0], frames.items()):
-        worst = frame.head(most)[::-1]
+    frames = {name: frame.head(most)[::-1] for name, frame in (errors if isinstance(errors, dict) else {'': errors}).items()}
+    fig, axes = plt.subplots(1, len(frames), figsize=(5 * len(frames), 0.24 * max(map(len, frames.values())) + 0.9), sharex=True, squeeze=False, layout='constrained')
+    for ax, (name, worst) in zip(axes[0], frames.items()):
         ax.barh(worst.layer, 100 * worst.error, color='tab:blue')
         ax.tick_params(axis='y', labelsize=8)
-        ax.set(title=name, xscale='log', xlabel='error of the logits, %')
-        ax.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-        ax.grid(axis='x', color='0.9')
-        ax.set_axisbelow(True)
+        ax.set(title=name, xscale='log', xlabel='error of the logits, %', axisbelow=True)
+        ax.xaxis.set_major_formatter(StrMethodFormatter('{x:g}')), ax.grid(axis='x', color='0.9')
     return fig
 
 # %% ../../nbs/hardware/quantize.ipynb #3ab05c9a
@@ -252,13 +288,14 @@ def propose_float(
     errors: pd.DataFrame = None,  # from layer_errors, if at hand
     per_channel: bool = True,
     agreement: float = 0.99,  # share of decisions that must be those of the float model
+    multilabel: bool = False,  # several labels an image: the share of the labels that are said
 ) -> tuple:  # (names of layers for keep_float, a frame of what was tried)
     "Layers to keep in float so that the decisions stay. Raises ConfigError if that is all of them."
-    errors = layer_errors(model, ranges, batches, per_channel) if errors is None else errors
-    expected, tried, keep = predict_onnx(model, batches).argmax(1), [], list(errors.layer)
+    errors = layer_errors(model, ranges, batches, per_channel, multilabel=multilabel) if errors is None else errors
+    expected, tried, keep = predict_onnx(model, batches), [], list(errors.layer)
     for layer in errors.layer[::-1]:
         rest = [name for name in keep if name != layer]
-        same = float((predict_onnx(quantise(model, ranges, per_channel, rest), batches).argmax(1) == expected).mean())
+        same = change_of_scores(expected, predict_onnx(quantise(model, ranges, per_channel, rest), batches), multilabel, half_of(model))[1]
         tried.append({'layer': layer, 'agreement': same, 'in_float': same < agreement})
         if same >= agreement: keep = rest
     if len(keep) == len(errors): raise ConfigError(f'no layer can be in int8 with {agreement:.1%} of the decisions unchanged: try another calibration (method=), equalise=True, or a lower agreement')
@@ -281,28 +318,56 @@ def chains(
     return found
 
 # %% ../../nbs/hardware/quantize.ipynb #1cdf33fe
+def equalisable(
+    model,  # onnx.ModelProto, from prepare_float
+) -> list:  # of (node, node, axis): the axis of the second kernel that reads the first one's channels
+    "The chains whose weights are constants and whose second convolution is plain (axis 1) or depthwise (axis 0)."
+    shapes = {t.name: list(t.dims) for t in model.graph.initializer}
+    groups = [(one, other, next((a.i for a in other.attribute if a.name == 'group'), 1)) for one, other in chains(model)]
+    constant = [(one, other, count) for one, other, count in groups if all(i in shapes for i in (*one.input[1:], other.input[1]))]
+    return [(one, other, 1 if count == 1 else 0) for one, other, count in constant if count == 1 or shapes[other.input[1]][:2] == [count, 1]]
+
+# %% ../../nbs/hardware/quantize.ipynb #d3fdf5ec
+def equalise_pair(
+    writes: list,  # the kernel (channels first) and bias of the first layer, float64
+    reads: np.ndarray,  # the kernel of the second
+    axis: int,  # of `reads` that takes the first one's channels
+) -> tuple:  # the same, rescaled
+    "Give each channel between two layers the same largest weight in both (Nagel et al. 2019, equation 10)."
+    tops = np.abs(writes[0]).max((1, 2, 3)), np.abs(reads).max(tuple({0, 1, 2, 3} - {axis}))
+    factor = np.sqrt(tops[0] / np.where(tops[1] > 0, tops[1], 1), where=(tops[0] > 0) & (tops[1] > 0), out=np.ones_like(tops[0]))
+    return [values / factor.reshape(-1, *[1] * (values.ndim - 1)) for values in writes], reads * factor.reshape((1, -1, 1, 1) if axis else (-1, 1, 1, 1))
+
+# %% ../../nbs/hardware/quantize.ipynb #ebefa09e
 def equalised(
     model,  # onnx.ModelProto, from prepare_float
     rounds: int = 20,  # over all pairs
 ):  # -> onnx.ModelProto, the same function
-    "A copy in which every channel between two convolutions takes the same share of both kernels (Nagel et al. 2019)."
+    "A copy in which every channel between two convolutions takes the same share of both kernels."
     import onnx
     copy = onnx.ModelProto.FromString(model.SerializeToString())
-    tensors = {t.name: t for t in copy.graph.initializer}
-    pairs = [(one, other, next((a.i for a in other.attribute if a.name == 'group'), 1)) for one, other in chains(copy)]
-    pairs = [(one, other, groups) for one, other, groups in pairs if all(i in tensors for i in (*one.input[1:], other.input[1])) and (groups == 1 or list(tensors[other.input[1]].dims[:2]) == [groups, 1])]
+    tensors, pairs = {t.name: t for t in copy.graph.initializer}, equalisable(copy)
     values = {name: onnx.numpy_helper.to_array(tensors[name]).astype('float64') for one, other, _ in pairs for name in (*one.input[1:], other.input[1])}
-    for _ in range(rounds):
-        for one, other, groups in pairs:
-            axis = 1 if groups == 1 else 0  # a depthwise kernel has its channels first
-            writes, reads = np.abs(values[one.input[1]]).max((1, 2, 3)), np.abs(values[other.input[1]]).max(tuple({0, 1, 2, 3} - {axis}))
-            factor = np.sqrt(writes / np.where(reads > 0, reads, 1), where=(writes > 0) & (reads > 0), out=np.ones_like(writes))
-            for name in one.input[1:]: values[name] = values[name] / factor.reshape(-1, *[1] * (values[name].ndim - 1))
-            values[other.input[1]] = values[other.input[1]] * factor.reshape((1, -1, 1, 1) if axis else (-1, 1, 1, 1))
+    for one, other, axis in pairs * rounds:
+        written, values[other.input[1]] = equalise_pair([values[name] for name in one.input[1:]], values[other.input[1]], axis)
+        values |= dict(zip(one.input[1:], written))
     for name, value in values.items(): tensors[name].CopyFrom(onnx.numpy_helper.from_array(value.astype('float32'), name))
     return copy
 
 # %% ../../nbs/hardware/quantize.ipynb #42c75ceb
+def report_rows(
+    overall: list,  # of rows
+    table: pd.DataFrame,  # a row for each class: name, band, images, float, int8, agreement
+    by_band,  # (the rows of a band) -> its agreement
+) -> pd.DataFrame:  # kind (overall, band, class), name, images, float, int8, change, agreement
+    "The whole, each band with images (means over its classes), each class."
+    seen = table[table.images > 0]
+    parts = [(band, part) for band in BANDS if len(part := seen[seen.band == band])]
+    rows = [{'kind': 'band', 'name': band, 'images': int(part.images.sum()), 'float': part.float.mean(), 'int8': part.int8.mean(), 'agreement': by_band(part)} for band, part in parts]
+    whole = pd.concat([pd.DataFrame([{'kind': 'overall'} | row for row in overall] + rows), table.assign(kind='class')], ignore_index=True)
+    return whole.assign(change=whole.int8 - whole.float)[['kind', 'name', 'images', 'float', 'int8', 'change', 'agreement', *(c for c in ('taken', 'given') if c in table)]]
+
+# %% ../../nbs/hardware/quantize.ipynb #c009fcc5
 def int8_report(
     before: np.ndarray,  # scores in float, shape (N, classes)
     after: np.ndarray,  # scores in int8
@@ -311,17 +376,29 @@ def int8_report(
     class_counts,  # training images of each class
 ) -> pd.DataFrame:  # kind (overall, band, class), name, images, float, int8, change, agreement
     "Accuracy before and after, in all, by band (mean class accuracy) and by class; and the share of equal decisions."
-    one, other = before.argmax(1), after.argmax(1)
-    tables = [per_class(confusion_matrix(targets, said, len(classes)), classes, class_counts) for said in (one, other)]
-    table = pd.DataFrame({'kind': 'class', 'name': list(classes), 'images': tables[0].support, 'float': tables[0].accuracy, 'int8': tables[1].accuracy, 'band': tables[0].band})
-    same = one == other
-    table['agreement'] = pd.Series(same).groupby(targets).mean().reindex(range(len(classes))).to_numpy()
-    seen = table[table.images > 0]
-    def row(kind, name, part, hits=None):
-        inside = same[np.isin(targets, part.index)]
-        return {'kind': kind, 'name': name, 'images': int(part.images.sum()), 'float': part.float.mean() if hits is None else (one == targets).mean(), 'int8': part.int8.mean() if hits is None else (other == targets).mean(), 'agreement': inside.mean()}
-    rows = [row('overall', 'accuracy', seen, True), row('overall', 'balanced_accuracy', seen)] + [row('band', band, seen[seen.band == band]) for band in BANDS if (seen.band == band).any()]
-    return pd.concat([pd.DataFrame(rows), table], ignore_index=True).assign(change=lambda t: t.int8 - t.float)[['kind', 'name', 'images', 'float', 'int8', 'change', 'agreement']]
+    said, same = [scores.argmax(1) for scores in (before, after)], before.argmax(1) == after.argmax(1)
+    one, other = (per_class(confusion_matrix(targets, answer, len(classes)), classes, class_counts) for answer in said)
+    table = pd.DataFrame({'name': list(classes), 'band': one.band, 'images': one.support, 'float': one.accuracy, 'int8': other.accuracy, 'agreement': pd.Series(same).groupby(targets).mean().reindex(range(len(classes))).to_numpy()})
+    seen, whole = table[table.images > 0], {'images': int(table.images.sum()), 'agreement': same.mean()}
+    overall = [{'name': 'accuracy', 'float': (said[0] == targets).mean(), 'int8': (said[1] == targets).mean()} | whole, {'name': 'balanced_accuracy', 'float': seen.float.mean(), 'int8': seen.int8.mean()} | whole]
+    return report_rows(overall, table, lambda part: same[np.isin(targets, part.index)].mean())
+
+# %% ../../nbs/hardware/quantize.ipynb #7ea64854
+def int8_label_report(
+    before: np.ndarray,  # scores in float, shape (N, classes)
+    after: np.ndarray,  # scores in int8
+    targets: np.ndarray,  # 1, 0, -1, shape (N, classes)
+    classes,  # names
+    class_counts,  # training images that show each class
+    half: float = 0.0,  # the score that is a probability of one half
+) -> pd.DataFrame:  # as int8_report, and taken, given
+    "Average precision before and after, in all (mAP, micro mAP; CF1 and OF1 at one half), by band and by class; and the share of equal labels."
+    judged = [per_class_multilabel(targets, scores, classes, class_counts, half) for scores in (before, after)]
+    one, other = (summarise_multilabel(table, targets, scores) for table, scores in zip(judged, (before, after)))
+    said = [said_labels(scores, True, half) for scores in (before, after)]
+    table = pd.DataFrame({'name': list(classes), 'band': judged[0].band, 'images': judged[0].support, 'float': judged[0].average_precision, 'int8': judged[1].average_precision,
+        'agreement': same_labels(*said, axis=0), 'taken': pd.array((said[0] & ~said[1]).sum(0), 'Int64'), 'given': pd.array((said[1] & ~said[0]).sum(0), 'Int64')})
+    return report_rows([{'name': name, 'images': len(targets), 'float': one[name], 'int8': other[name], 'agreement': same_labels(*said)} for name in ('mAP', 'micro_mAP', 'CF1', 'OF1')], table, lambda part: same_labels(*(s[:, part.index] for s in said)))
 
 # %% ../../nbs/hardware/quantize.ipynb #33473b9a
 PARTS = {'half': 0.5, '99 %': 0.99, '99.9 %': 0.999}
@@ -343,34 +420,33 @@ def spread(
     "How far the largest values of each layer's weights and inputs lie from the ordinary ones."
     rows = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        histograms = calibrator(model, batches, 'percentile', folder).collector.get_histogram_dict()
+        histograms = collect(calibrator(model, 'percentile', folder), model.graph.input[0].name, batches).collector.get_histogram_dict()
     for name, node in weighted_layers(model).items():
         sizes = np.sort(np.abs(kernel_of(model, node).ravel()))
-        row = parts(sizes, np.ones(len(sizes)))
-        rows.append({'layer': name, 'what': 'weights'} | row | {'largest': sizes[-1] / row['rms']})
         counts, edges, low, high = histograms[next(i for i in node.input if i in histograms)]
-        row = parts((edges[1:] + edges[:-1]) / 2, counts)
-        rows.append({'layer': name, 'what': 'input'} | row | {'largest': max(-low, high) / row['rms']})
+        for what, row, top in (('weights', parts(sizes, np.ones(len(sizes))), sizes[-1]), ('input', parts((edges[1:] + edges[:-1]) / 2, counts), max(-low, high))):
+            rows.append({'layer': name, 'what': what} | row | {'largest': top / row['rms']})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/hardware/quantize.ipynb #d3a65afe
+def draw_spread(ax, part: pd.DataFrame) -> None:
+    "Bars of one kind of values, layer by layer: half of them, 99 %, 99.9 %, the largest."
+    x, low = range(1, len(part) + 1), np.full(len(part), 1e-9)
+    for top, shade in zip((*PARTS, 'largest'), ('0.25', 'tab:blue', '#7db3dd', '#d5e6f4')):
+        ax.bar(x, part[top] - low, bottom=low, color=shade, width=0.8, label=top)
+        low = part[top]
+    ax.set(yscale='log', ylim=(0.1, None), axisbelow=True)
+    ax.yaxis.set_major_formatter(StrMethodFormatter('{x:g}')), ax.grid(axis='y', color='0.9')
+
+# %% ../../nbs/hardware/quantize.ipynb #39ed5a82
 def plot_spread(
     spreads: dict,  # name -> frame from spread
 ) -> Figure:
     "Weights (above) and inputs (below) of each layer in units of their root mean square, a column for each network."
     fig, axes = plt.subplots(2, len(spreads), figsize=(3.6 * len(spreads), 4.6), sharex='col', sharey='row', squeeze=False, layout='constrained')
     for column, (name, frame) in zip(axes.T, spreads.items()):
-        for ax, what in zip(column, ('weights', 'input')):
-            part = frame[frame.what == what]
-            x = range(1, len(part) + 1)
-            lows = [np.full(len(part), 1e-9), *(part[p] for p in PARTS)]
-            for low, top, shade in zip(lows, (*PARTS, 'largest'), ('0.25', 'tab:blue', '#7db3dd', '#d5e6f4')): ax.bar(x, part[top] - low, bottom=low, color=shade, width=0.8, label=top)
-            ax.set(yscale='log', ylim=(0.1, None))
-            ax.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-            ax.grid(axis='y', color='0.9')
-            ax.set_axisbelow(True)
-        column[0].set_title(name)
-        column[1].set_xlabel('layer, in their order')
+        for ax, what in zip(column, ('weights', 'input')): draw_spread(ax, frame[frame.what == what])
+        column[0].set_title(name), column[1].set_xlabel('layer, in their order')
     for ax, what in zip(axes[:, 0], ('weights', 'inputs')): ax.set_ylabel(f'{what} / root mean square')
     axes[0, -1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc='upper left')
     return fig
@@ -392,6 +468,38 @@ def input_form(file) -> str:
     return {text: name for name, text in INPUTS.items()}.get(read_metadata(file).get('input'), '')
 
 # %% ../../nbs/hardware/quantize.ipynb #b4246296
+def check_run(
+    run,  # a run, its name under outputs/, or its folder
+    data: Data,  # or None: made again
+    method: str,  # of METHODS
+    split: str,  # '': val, else test, else train
+    say=print,
+) -> tuple:  # (run, data, split)
+    "What is quantised, and on what it is judged. Raises ConfigError, DataError, FileNotFoundError."
+    run = run if isinstance(run, Run) else load_run(run)
+    if not run.finished: raise ConfigError(f'the run {run.name} is not finished: train it first, the same command goes on where it stopped')
+    if method not in METHODS: raise ConfigError(f'method is {method!r}: {nearest(method, METHODS)}')
+    data = data or run_data(run, progress=False)
+    if changes := data_changes(run, data): say(f'the data of {run.name} have changed since it was trained: {"; ".join(changes)}')
+    split = split or next((s for s in ('val', 'test') if s in data.splits), 'train')
+    if split not in data.splits: raise DataError(f'{run.name} has no split {split!r}: {nearest(split, data.splits)}')
+    return run, data, split
+
+# %% ../../nbs/hardware/quantize.ipynb #bbd54093
+def judge_int8(
+    run: Run,
+    data: Data,
+    split: str,
+    files: tuple,  # (float, int8): paths or onnx.ModelProto
+) -> pd.DataFrame:  # from int8_report, or int8_label_report
+    "A split through both files: what the one says that the other does not."
+    part, form = data.splits[split], input_form(files[0])
+    before, after = (predict_onnx(file, image_batches(data, part.rows, run.data, form)) for file in files)
+    facts = (before, after, part.labels, data.table.classes, data.class_counts)
+    report = int8_label_report(*facts, half=half_of(files[1])) if run.multilabel else int8_report(*facts)
+    return report.assign(split=split)
+
+# %% ../../nbs/hardware/quantize.ipynb #ed44a90e
 def quantize_run(
     run,  # a run, its name under outputs/, or its folder
     data: Data = None,  # the run's, if at hand
@@ -405,26 +513,18 @@ def quantize_run(
     split: str = '',  # on which it is judged; '': val, else test
     seed: int = 0,  # of the choice of images
     say=print,
-) -> pd.DataFrame:  # from int8_report
+) -> pd.DataFrame:  # from int8_report; of several labels an image from int8_label_report
     "Write the run's model.int8.onnx and int8.csv: what int8 did to each class. Raises ConfigError, DataError, FileNotFoundError, StorageError."
-    run = run if isinstance(run, Run) else load_run(run)
-    if not run.finished: raise ConfigError(f'the run {run.name} is not finished: train it first, the same command goes on where it stopped')
-    if run.multilabel: raise ConfigError(f'the run {run.name} has several labels an image; what int8 does to these is not judged yet')
-    if method not in METHODS: raise ConfigError(f'method is {method!r}: {nearest(method, METHODS)}')
-    data = data or run_data(run, progress=False)
-    if changes := data_changes(run, data): say(f'the data of {run.name} have changed since it was trained: {"; ".join(changes)}')
-    split = split or next((s for s in ('val', 'test') if s in data.splits), 'train')
-    if split not in data.splits: raise DataError(f'{run.name} has no split {split!r}: {nearest(split, data.splits)}')
+    run, data, split = check_run(run, data, method, split, say)
     file, rows = float_file(run, data.table), calibration_rows(data, images, seed)
     def batches(rows): return image_batches(data, rows, run.data, input_form(file))
     model = equalised(prepare_float(file)) if equalise else prepare_float(file)
     ranges = calibrate(model, batches(rows), method, percentile)
-    if keep_float == 'propose': keep_float, _ = propose_float(model, ranges, list(batches(rows[:128])), per_channel=per_channel)
+    if keep_float == 'propose': keep_float, _ = propose_float(model, ranges, list(batches(rows[:128])), per_channel=per_channel, multilabel=run.multilabel)
     quantised = quantise(model, ranges, per_channel, tuple(keep_float), reduce_range=reduce_range)
     notes = {'quantisation': f'static int8, QDQ, {"equalised, " if equalise else ""}{"per channel" if per_channel else "per tensor"}, {method}{f" {percentile:g}" if method == "percentile" else ""}, {len(rows)} training images', 'keep_float': list(keep_float)}
     write_metadata(quantised, read_metadata(file) | notes)
-    part = data.splits[split]
-    report = int8_report(predict_onnx(file, batches(part.rows)), predict_onnx(quantised, batches(part.rows)), part.labels, data.table.classes, data.class_counts).assign(split=split)
+    report = judge_int8(run, data, split, (file, quantised))
     save_onnx(quantised, run.folder/'model.int8.onnx')
     write_file(run.folder/'int8.csv', report.to_csv(index=False))
     return report
