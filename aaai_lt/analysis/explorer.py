@@ -504,11 +504,13 @@ BUTTONS = {'accept': ('success', 'the label is right'), 'relabel': ('warning', '
 
 def review_controls(
     table: ImageTable,
-) -> dict:  # name -> widget: words, picture, label, and the buttons
-    "The widgets of the panel, not yet connected. Several labels are tags, added by typing."
+) -> dict:  # name -> widget: words, picture, label, chosen, and the buttons
+    "The widgets of the panel, not yet connected. Several labels are chosen in a list, and said beside it, since it may have to be scrolled."
     import ipywidgets as w
-    label = w.TagsInput(allowed_tags=list(table.classes), allow_duplicates=False) if table.multilabel else w.Dropdown(options=list(table.classes), description='class')
-    return {'words': w.HTML(), 'picture': w.Image(format='png', layout=w.Layout(max_width='900px')), 'label': label} | {name: w.Button(description=name, button_style=style, tooltip=tip) for name, (style, tip) in BUTTONS.items()}
+    label = w.SelectMultiple(options=list(table.classes), rows=min(len(table.classes), 8), description='labels') if table.multilabel else w.Dropdown(options=list(table.classes), description='class')
+    chosen = w.HTML(layout=w.Layout(display=None if table.multilabel else 'none'))
+    if table.multilabel: label.observe(lambda change: setattr(chosen, 'value', f'{html.escape(", ".join(change.new)) or "nothing"}<br><small>Ctrl-click adds or takes away one</small>'), 'value')
+    return {'words': w.HTML(), 'picture': w.Image(format='png', layout=w.Layout(max_width='900px')), 'label': label, 'chosen': chosen} | {name: w.Button(description=name, button_style=style, tooltip=tip) for name, (style, tip) in BUTTONS.items()}
 
 # %% ../../nbs/analysis/explorer.ipynb #d48113b3
 class Review:
@@ -525,7 +527,7 @@ class Review:
 
     def decide(self, action):
         value = self.part['label'].value if action == 'relabel' else ''
-        try: record(self.file, self.queue.path[self.at], action, value if isinstance(value, str) else ';'.join(value), self.table.multilabel)
+        try: record(self.file, self.queue.path[self.at], action, value if isinstance(value, str) else ';'.join(name for name in self.table.classes if name in value), self.table.multilabel)
         except StorageError as error: return self.move(0, str(error))
         self.move(1, f'{action}: written.')
 
@@ -544,7 +546,8 @@ def show_question(
         suggestion, current = row.get('suggestion', ''), table.label_text(own)
         wanted = own if not suggestion or (parsed := parse_label(table, suggestion)) is None else parsed
         part['words'].value = f'{html.escape(note)} <b>{panel.at + 1} of {len(panel.queue)}</b>: {html.escape(row.path)} is labelled <b>{html.escape(str(current) or "nothing")}</b>; {html.escape(row.reason)}'
-        part['label'].value = [table.classes[i] for i in wanted] if table.multilabel else table.classes[wanted]
+        if table.multilabel: part['label'].options = [table.classes[i] for i in (*wanted, *(i for i in range(len(table.classes)) if i not in wanted))]  # the suggested first
+        part['label'].value = tuple(table.classes[i] for i in wanted) if table.multilabel else table.classes[wanted]
         part['picture'].value = as_png(plot_suspect(table, row.path, suggestion))
 
 # %% ../../nbs/analysis/explorer.ipynb #cdc88234
@@ -556,5 +559,5 @@ def review(
     "Suspicious images one by one: accept, relabel or drop. Each decision is written at once; what is decided is not asked again."
     import ipywidgets as w
     part = Review(table, found, file).part
-    buttons = w.HBox([part[name] for name in ('accept', 'label', 'relabel', 'drop', 'skip', 'back')], layout=w.Layout(flex_flow='row wrap'))
+    buttons = w.HBox([part[name] for name in ('accept', 'label', 'chosen', 'relabel', 'drop', 'skip', 'back')], layout=w.Layout(flex_flow='row wrap'))
     return w.VBox([part['words'], part['picture'], buttons]).add_class('aaai-lt-review')
