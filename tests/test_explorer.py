@@ -420,6 +420,7 @@ def watch_training(page):
     page.locator('#jp-main-statusbar').get_by_text(re.compile(r'\| Idle')).wait_for()
 
 
+@pytest.mark.timeout(900)  # a browser beside other work
 def test_in_a_browser(tmp_path, home, pets, zoo):
     "JupyterLab in headless Chromium: analyse is run and used, several labels are settled, the hardware sliders are moved, and train draws its plot while it trains."
     playwright, executable = find_browser()
