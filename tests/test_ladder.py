@@ -1,4 +1,5 @@
 "The ladder of a challenge: made once, goes on after any kill, remakes what depends on a change and nothing else, and never sees the truth."
+import contextlib
 import hashlib
 import json
 import os
@@ -216,7 +217,8 @@ def kill_kernel(home, stage):
     process = papermill(home, *WINNERS, wait=False)
     while process.poll() is None and not list((home/'outputs').glob(f'*{stage}*')): time.sleep(0.02)
     for child in psutil.Process(process.pid).children(recursive=True):
-        if 'ipykernel_launcher' in ' '.join(child.cmdline()): child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended by itself
+            if 'ipykernel_launcher' in ' '.join(child.cmdline()): child.kill()
     output, _ = process.communicate(timeout=60)
     return process.returncode, output
 
