@@ -15,6 +15,7 @@ from helpers import Child, content, image_folder
 
 from aaai_lt.challenge.ladder import SETTINGS, climb, key_of, ladder_settings, over_seeds, read_parts, rung_table, stage, sweep_stages
 from aaai_lt.core import ConfigError, DataError, recipe
+from aaai_lt.training.config import BUILTIN_SETTINGS
 
 TINY = {'name': 't', 'data': 'digits', 'common': {'model': 'repvgg_s0', 'epochs': 1, 'warmup_epochs': 0.5, 'input_size': 16, 'store_size': 16, 'lr': 0.004, 'device': 'cpu'},
         'members': {'one': {}, 'two': {'loss': 'cross_entropy', 'adjust_tau': 1.0}}, 'clean': {'folds': 2, 'rules': ['disagreement']},
@@ -145,7 +146,7 @@ def test_no_stage_sees_the_truth(whole, home):
     "The same ladder with test images in folders of their own, whose labels nobody could know, says the same of each image."
     truthless(home, whole/'data'/'builtin'/'digits')
     settings = changed(data=str(home/'labelled'), parts={'a': str(home/'testa'), 'b': str(home/'testb')})
-    ladder = climbed(settings | {'common': TINY['common'] | {'augment_options': {'hflip': 0.0, 'rotate': 10.0}, 'batch_size': 32, 'select': 'last'}})
+    ladder = climbed(settings | {'common': BUILTIN_SETTINGS['digits'] | TINY['common']})
     table = rung_table(ladder)
     assert not ladder.truth and 'test_accuracy' not in table and table.gain.notna().any()
     one, two = (pd.read_csv(place/'outputs'/'t-clean'/'fixes.csv')[['path', 'action']] for place in (whole, home))
