@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get('AAAI_LT_TEST_DATA', ROOT.parent/'shared'/'data')).resolve()
 
 
-LONG = ('test_notebooks.py', 'test_train.py', 'test_evaluate.py', 'test_compare.py', 'test_explorer.py')
+LONG = ('test_train.py', 'test_evaluate.py', 'test_compare.py', 'test_explorer.py')
 
 
 def pytest_addoption(parser):
@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         fits = 'recipes' in item.keywords if recipes else 'recipes' not in item.keywords and (slow or 'slow' not in item.keywords)
         (chosen if fits else left).append(item)
-    items[:] = sorted(chosen, key=lambda item: item.path.name not in LONG)  # first, so that two workers end together
+    # Long files first, so that two workers end together; notebooks last, since they register their models over the package's in the worker's process.
+    items[:] = sorted(chosen, key=lambda item: (item.path.name == 'test_notebooks.py', item.path.name not in LONG))
     config.hook.pytest_deselected(items=left)
     for item in items:  # a file's tests stay on one worker and share what they trained; notebooks share nothing
         if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -225,16 +225,13 @@ def kill_kernel(home, stage):
 
 
 def test_the_climb_of_the_winners_quick_by_papermill(home):
-    "Pre-training, four members, two rounds, soups, blend, redistribution, though the kernel is killed on the way; and again, which only reads."
+    "Pre-training, four members, two rounds, soups, blend, redistribution; and again, which only reads."
     from test_train import papermill, report
-    code, output = kill_kernel(home, 'train-swin')
-    assert code == 138 and 'Kernel died' in output, output[-3000:]  # papermill's own code for a dead kernel
-    assert not (home/'outputs'/'q-quick'/'submission.csv').exists(), 'the kill came too late to show anything'
     code, output = papermill(home, *WINNERS)
     assert code == 0, output[-3000:]
     first = (home/'outputs'/'q-quick'/'submission.csv').read_bytes()
     text = report(home)
-    assert 'q-quick-pretrain-vit_ce is done' in text and '+ redistribution' in text and 'one seed' in text and len(first.splitlines()) == 356
+    assert 'q-quick-pretrain-vit_ce' in text and '+ redistribution' in text and 'one seed' in text and len(first.splitlines()) == 356
     runs = {p.parent.name: p.read_bytes() for p in (home/'outputs').glob('*/stage.json')}
     code, output = papermill(home, *WINNERS)
     assert code == 0, output[-3000:]
@@ -248,7 +245,9 @@ def test_a_killed_kernel_leaves_no_trace(tmp_path):
     "Killed in a round of pseudo-labels and continued: the submission of a climb that nobody killed, byte for byte."
     from test_train import papermill
     for name in ('killed', 'whole'): (tmp_path/name).mkdir()
-    assert kill_kernel(tmp_path/'killed', 'q-quick-a1-')[0] == 138
+    code, output = kill_kernel(tmp_path/'killed', 'q-quick-a1-')
+    assert code == 138 and 'Kernel died' in output, output[-3000:]  # papermill's own code for a dead kernel
+    assert not (tmp_path/'killed'/'outputs'/'q-quick'/'submission.csv').exists(), 'the kill came too late to show anything'
     for name in ('killed', 'whole'):
         code, output = papermill(tmp_path/name, *WINNERS)
         assert code == 0, output[-3000:]

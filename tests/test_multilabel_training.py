@@ -15,7 +15,6 @@ from aaai_lt.core import ConfigError, DataError, Stopped
 from aaai_lt.data.augment import augment_batch, augment_options, draws
 from aaai_lt.data.predictions import load_predictions, probabilities
 from aaai_lt.hardware.export import export_run, read_metadata
-from aaai_lt.hardware.quantize import quantize_run
 from aaai_lt.training import loop
 from aaai_lt.training.config import make_config, quick_config
 from aaai_lt.training.evaluate import evaluate, other_data, per_class_of, predictions_frame, run_data, summary_of
@@ -79,7 +78,6 @@ def test_a_run(home, images):
     comparison = export_run(run, run_data(run, progress=False).table, 8)
     assert (comparison.agreement == 1).all() and read_metadata(run.folder/'model.onnx')['activation'] == 'sigmoid'
     assert (export_run(run, run_data(run, progress=False).table, 8, 'nhwc', activation=True).max_difference < 1e-4).all()
-    with pytest.raises(ConfigError, match='several labels'): quantize_run(run)
 
 
 def test_images_without_labels(home, images):
