@@ -14,7 +14,7 @@ import time
 import pandas as pd
 from common import RESULTS, machine, write_rows
 
-from aaai_lt.challenge.ladder import climb, ladder_settings, over_seeds, plot_rungs, pseudo_rounds, rung_table
+from aaai_lt.challenge.ladder import climb, ladder_settings, over_seeds, plot_rungs, prefix_of, pseudo_rounds, rung_table
 from aaai_lt.core import root
 from aaai_lt.data.planted import plant_noise
 from aaai_lt.data.table import read_images
@@ -49,6 +49,14 @@ def settings_of(name, data, seeds, smoke):
     return ladder_settings(**settings)
 
 
+def judged_cleaning(name, fixes):
+    "What cleaning took away beside what was planted: images, the share of them that were faults, the share of the faults that were found."
+    truth = pd.read_csv(root()/'data'/'planted'/name/'truth.csv', dtype=str, keep_default_na=False)
+    dropped = pd.read_csv(fixes, dtype=str, keep_default_na=False).query("action == 'drop'").path
+    hit, faulty = truth.path.isin(dropped), truth.kind != ''
+    return {'dropped': int(hit.sum()), 'precision': round(faulty[hit].mean(), 5), 'recall': round(hit[faulty].mean(), 5)}
+
+
 def measure(name, settings, smoke):
     "Climb with each seed, and write what each rung reached."
     tables = {}
@@ -60,6 +68,7 @@ def measure(name, settings, smoke):
         print(tables[seed].round(4).to_string(), rounds.round(3).to_string(), f'seed {seed}: {(time.process_time() - began) / 60:.1f} CPU minutes in this call', sep='\n', flush=True)
         rows = tables[seed].assign(data=name, seed=seed, test_images=len(ladder.rungs[-1]['test']), machine=machine())
         for round_name, row in rounds.iterrows(): rows.loc[rows.rung == f'+ pseudo-labels {round_name}', ['chosen', 'purity']] = row.chosen, row.purity
+        for column, value in judged_cleaning(name, root()/'outputs'/f'{prefix_of(settings, seed)}-clean'/'fixes.csv').items(): rows.loc[rows.rung == '+ cleaning', column] = value
         if not smoke: write_rows('ladder.csv', rows[['data', 'rung', 'member', 'seed', *[c for c in rows if c not in ('data', 'rung', 'member', 'seed')]]].round(5), ['data', 'seed', 'rung', 'member'])
     print(over_seeds(tables).round(4).to_string())
 

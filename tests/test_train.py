@@ -80,12 +80,16 @@ def test_a_killed_notebook_goes_on_to_the_same_weights(home, tmp_path_factory):
 
 
 def test_mistakes_under_papermill_are_exit_1_with_the_reason(home):
+    from aaai_lt.core import ConfigError
+    from aaai_lt.training.config import make_config
     code, output = papermill(home, 'train.ipynb', '-p', 'epoch', '3')
     assert code == 1 and "did you mean 'epochs'?" in output
+    with pytest.raises(ConfigError, match='quick is'): make_config(quick='falsch')  # what the notebook calls first
     assert not (home/'outputs').exists() or not list((home/'outputs').iterdir())
 
 
-def test_the_command_line_reads_a_recipe(home):
+def test_the_command_line_reads_a_recipe(home, capsys):
+    from aaai_lt.training.launch import main
     env = os.environ | {'AAAI_LT_HOME': str(home), 'OMP_NUM_THREADS': '1'}
     def launch(*words): return subprocess.run([sys.executable, '-m', 'aaai_lt.training.launch', *words], cwd=home, env=env, capture_output=True, text=True)
     refused = launch('gtsrb')
@@ -95,8 +99,7 @@ def test_the_command_line_reads_a_recipe(home):
     assert 'quick run' in done.stdout
     again = launch('gtsrb', 'quick=True', 'epochs=1', 'name=q')
     assert again.returncode == 0 and 'q is finished' in again.stdout
-    from aaai_lt.training.launch import usage
-    assert 'settings:' in usage()
+    assert main(['--help']) == 0 and 'settings:' in capsys.readouterr().out
 
 
 def test_tiny_pack_trains_with_its_faults_listed(home, pack):
