@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ..core import ConfigError, nearest
 from .cost import cost, totals
-from .devices import published_latency
+from .devices import plain_ticks, published_latency
 from .graph import read_graph
 from .memory import liveness, plot_memory
 from ..models.repvgg import VARIANTS
@@ -134,7 +134,7 @@ def draw_candidates(
     for part, style in ((table[~table.fits], {'color': '0.88', 'label': 'beyond a limit'}), (table[table.fits], {'color': '0.6', 'label': 'fits'}), (table[table.front], {'color': 'tab:blue', 's': 14, 'label': 'front'})):
         ax.scatter(part.macs / 1e6, part.memory_bytes / 1024, **({'s': 4, 'lw': 0} | style))
     ax.set(xscale='log', yscale='log', xlabel='million multiply-adds', ylabel='KiB of the largest layer (published rule)')
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:,g}')
+    for axis in (ax.xaxis, ax.yaxis): plain_ticks(axis, (1, 2, 5))
     ax.legend(frameon=False, fontsize=8, loc='upper left', markerscale=2)
 
 # %% ../../nbs/hardware/fit.ipynb #de360cc2
