@@ -13,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from aaai_lt.core import DataError, StorageError
+from aaai_lt.core import ConfigError, DataError, StorageError
 from aaai_lt.data import pixels, scan, split
 from aaai_lt.data.decode import BadImage, decode
 from aaai_lt.data.longtail import cut_tail
 from aaai_lt.data.table import ImageTable, read_images
+from aaai_lt.hardware.export import export_run
 from aaai_lt.training.config import make_config
-from aaai_lt.training.prepare import make_table
+from aaai_lt.training.evaluate import evaluate
+from aaai_lt.training.loop import train
+from aaai_lt.training.prepare import choose_input_size, make_table, prepare
 
 FAULT_COLUMNS = {'path': 'file', 'label': 'expect'}
 
@@ -382,3 +385,74 @@ def test_damaged_store(tmp_path, name, damage):
 
 def test_store_needs_room(tmp_path):
     with pytest.raises(StorageError, match='free'): built(image_folder(tmp_path/'set', {'x': 3}), tmp_path/'stores', size=10_000_000)
+
+
+# -- boxes
+
+SIDES = ['left', 'top', 'right', 'bottom']
+
+
+def boxed_folder(folder, count, turned=()):
+    "Pictures of noise with a plain square somewhere: dark for one class, bright for the other; EXIF turns some."
+    draw, lines = np.random.default_rng(0), ['file,label,' + ','.join(SIDES)]
+    (folder/'images').mkdir(parents=True)
+    for i in range(count):
+        pixels = draw.integers(0, 255, (60, 90, 3), dtype='uint8')
+        x, y, side = draw.integers(0, 60), draw.integers(0, 30), draw.integers(12, 30)
+        pixels[y:y + side, x:x + side] = 30 + 190 * (i % 2)
+        exif = Image.Exif()
+        if i in turned: exif[0x0112] = 6  # kept lying on its side
+        Image.fromarray(np.rot90(pixels) if i in turned else pixels).save(folder/'images'/f'{i:02}.png', exif=exif)
+        lines.append(f'images/{i:02}.png,{("dark", "bright")[i % 2]},{x},{y},{x + side},{y + side}')
+    (folder/'labels.csv').write_text('\n'.join(lines) + '\n')
+    return folder
+
+
+def test_only_the_box_of_a_picture_is_used(home, tmp_path):
+    data = prepare(make_config(data=str(boxed_folder(tmp_path/'data', 20, turned=(3, 4))), box=SIDES, input_size=16, model='repvgg_s0'), progress=False)
+    assert len(data.store) == 20
+    for part in data.splits.values():
+        kept = data.store[part.rows]
+        assert not np.ptp(kept.reshape(len(kept), -1), 1).any()  # one colour each
+        assert set(kept[:, 0, 0, 0].tolist()) <= {30, 220} and np.array_equal(kept[:, 0, 0, 0] == 30, np.array([data.table.classes[i] == 'dark' for i in part.labels]))
+
+
+def test_boxes_are_a_part_of_what_a_store_and_a_run_are_made_of(home, tmp_path):
+    folder = boxed_folder(tmp_path/'data', 12)
+    settings = {'data': str(folder), 'input_size': 16, 'model': 'repvgg_s0', 'select': 'last'}
+    whole, boxed, wider = (prepare(make_config(**settings | more), progress=False) for more in ({}, {'box': SIDES}, {'box': SIDES, 'box_margin': 0.5}))
+    assert len({data.hash for data in (whole, boxed, wider)}) == len({data.store.folder for data in (whole, boxed, wider)}) == 3
+    assert not np.ptp(boxed.store[0]) and np.ptp(wider.store[0])  # the square, and what is around it
+    sizes = [choose_input_size(make_config(data=str(folder), model='repvgg_s0', **more), data.table) for more, data in (({}, whole), ({'box': SIDES}, boxed))]
+    assert sizes == [64, 32]  # of 60 pixels, and of 12 to 30
+
+
+def test_bad_boxes(home, tmp_path):
+    "Empty and outside: left out and listed, or refused; no box at all: the whole picture; no such column: the nearest."
+    folder = boxed_folder(tmp_path/'data', 12)
+    rows = pd.read_csv(folder/'labels.csv', dtype=object)
+    rows.loc[2, 'right'] = rows.left[2]
+    rows.loc[3, SIDES] = ['200', '10', '240', '50']
+    rows.loc[4, SIDES] = None
+    rows.to_csv(folder/'labels.csv', index=False)
+    settings = {'data': str(folder), 'box': SIDES, 'input_size': 16, 'model': 'repvgg_s0', 'select': 'last'}
+    data = prepare(make_config(**settings), progress=False)
+    left_out = data.table.problems[data.table.problems.action == 'left out']
+    assert sorted(left_out.path) == ['images/02.png', 'images/03.png'] and set(left_out.reason) == {'bad box'}
+    at = data.store.row['images/04.png']
+    assert np.array_equal(data.store[at], pixels.to_square(Image.open(folder/'images'/'04.png'), 16))
+    with pytest.raises(DataError, match='1 images cannot be used.*02.png .bad box'): prepare(make_config(**settings, bad_images='fail'), progress=False)
+    with pytest.raises(DataError, match="no column 'lift'.*left"): prepare(make_config(**settings | {'box': ['lift', *SIDES[1:]]}), progress=False)
+    with pytest.raises(ConfigError, match='four columns'): make_config(**settings | {'box': SIDES[:3]})
+
+
+def test_other_images_need_the_same_boxes(home, tmp_path):
+    run = train(make_config(data=str(boxed_folder(tmp_path/'data', 40)), box=SIDES, input_size=16, model='repvgg_s0', augment='none', epochs=15, batch_size=8, name='boxed'), say=lambda text: None)
+    new = boxed_folder(tmp_path/'new', 10, turned=(2,))
+    found = evaluate(run, data=new)
+    assert (found.scores.argmax(1) == found.targets).all()
+    unlabelled = pd.read_csv(new/'labels.csv').drop(columns='label').to_csv(new/'unlabelled.csv', index=False) or new/'unlabelled.csv'
+    np.testing.assert_array_equal(evaluate(run, data=unlabelled, unlabelled=True).scores, found.scores)
+    export_run(run, make_table(run.config, False))  # compares the file's answers with the model's on the boxes of validation images
+    image_folder(tmp_path/'plain', {'dark': 2, 'bright': 2})
+    with pytest.raises(DataError, match="no column 'left'"): evaluate(run, data=tmp_path/'plain')

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..data.decode import decode
+from ..data.boxes import open_row
 from ..data.longtail import BANDS, bands, gini, imbalance_factor
-from ..data.table import ImageTable, read_bytes
+from ..data.table import ImageTable
 
 # %% ../../nbs/analysis/counts.ipynb #ea289cd9
 def counts_table(
@@ -162,7 +162,7 @@ def read_image(
     row,  # of its frame: path and archive
 ):  # -> PIL image
     "One image of a table, upright and in RGB."
-    return decode(read_bytes(table.root, row.archive, row.path), max_pixels=10 ** 9)
+    return open_row(table, row, max_pixels=10 ** 9)
 
 # %% ../../nbs/analysis/counts.ipynb #8cddb591
 BARE = {'xticks': [], 'yticks': [], 'frame_on': False}  # axes of an image

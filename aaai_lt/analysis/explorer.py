@@ -28,10 +28,10 @@ from .copies import conflicting_copies
 from .counts import BAND_COLOURS
 from .resolution import pixel_axis
 from ..core import DataError, StorageError
-from ..data.decode import decode
+from ..data.boxes import open_row
 from ..data.longtail import bands
 from ..data.predictions import Predictions, probabilities
-from ..data.table import FIX_ACTIONS, FIX_COLUMNS, ImageTable, parse_label, read_bytes
+from ..data.table import FIX_ACTIONS, FIX_COLUMNS, ImageTable, parse_label
 from ..training.metrics import wilson
 from ..training.multilabel import average_precision
 
@@ -139,7 +139,7 @@ def thumbnail(
     size: int = 96,  # pixels that are needed; a large JPEG is then decoded smaller
 ):  # -> PIL image
     "One image of a table for looking at."
-    return decode(read_bytes(table.root, row.archive, row.path), max_pixels=10 ** 9, hint=size)
+    return open_row(table, row, max_pixels=10 ** 9, hint=size)
 
 # %% ../../nbs/analysis/explorer.ipynb #7e82da5d
 def image_line(

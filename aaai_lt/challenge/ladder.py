@@ -35,6 +35,7 @@ from ..analysis.comparison import verdict
 from ..analysis.copies import near_copies
 from ..analysis.noise import RULES, clean, write_fixes
 from ..core import DISK, ConfigError, DataError, nearest, resolve, root, write_file, write_json
+from ..data.boxes import with_boxes
 from ..data.pixels import build_store, leave_out
 from ..data.predictions import Predictions, load_predictions, save_predictions
 from ..data.pseudo import plain_name
@@ -260,7 +261,7 @@ def read_parts(
     if len(places) < max(len(parts), 1):
         rows, truth = rows_of_test(config, {name: part for name, part in parts.items() if name not in places})
         frames.append(rows)
-    more = {name: seen_from(table, scan(read_unlabelled(place, table.classes), config.max_pixels, config.bad_images, config.workers, False)) for name, place in places.items()}
+    more = {name: seen_from(table, scan(with_boxes(read_unlabelled(place, table.classes), config.box, config.box_margin), config.max_pixels, config.bad_images, config.workers, False)) for name, place in places.items()}
     found = join_hidden(table, frames + [other.frame.assign(split=name) for name, other in more.items()], [other.problems for other in more.values()])
     if empty := [name for name in (parts or ('a', 'b')) if not (found.frame.split == name).any()]: raise DataError(f'parts: {empty[0]} holds no image')
     return found, truth

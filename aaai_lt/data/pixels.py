@@ -21,9 +21,10 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from ..core import DISK, StorageError, root, write_json
-from .decode import MAX_PIXELS, BadImage, decode
+from .boxes import open_row
+from .decode import MAX_PIXELS, BadImage
 from .scan import in_parallel, quarantine
-from .table import ImageTable, read_bytes
+from .table import ImageTable
 
 # %% ../../nbs/data/pixels.ipynb #b8fa1e84
 RESIZE = {
@@ -80,13 +81,13 @@ STORE_VERSION = 1
 
 # %% ../../nbs/data/pixels.ipynb #e34b5a6e
 def store_key(
-    frame: pd.DataFrame,  # the table's unique images: path, sha1
+    frame: pd.DataFrame,  # the table's unique images: path, sha1, and perhaps box
     size: int,
     how: str,
     max_pixels: int,
 ) -> str:
     "16 hex digits that change with any file's content, their order or names, and with every setting."
-    text = json.dumps([STORE_VERSION, Image.__version__, size, how, max_pixels, list(frame.path), list(frame.sha1)])
+    text = json.dumps([STORE_VERSION, Image.__version__, size, how, max_pixels, list(frame.path), list(frame.sha1), *([frame.box.tolist()] if 'box' in frame else [])])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/pixels.ipynb #b7030916
@@ -131,7 +132,7 @@ def whole_folder(
 # %% ../../nbs/data/pixels.ipynb #9740bb4b
 def write_store(
     table: ImageTable,
-    unique: pd.DataFrame,  # archive, path of each image
+    unique: pd.DataFrame,  # archive, path, and perhaps box of each image
     size: int,
     how: str,
     max_pixels: int,
@@ -142,11 +143,10 @@ def write_store(
     "Decode every image into `beside`/pixels.npy."
     out = np.lib.format.open_memmap(beside/'pixels.npy', 'w+', 'uint8', (len(unique), size, size, 3))
     def put(job):
-        row, archive, path = job
-        try: out[row] = to_square(decode(read_bytes(table.root, archive, path), max_pixels, hint=size), size, how)
-        except BadImage as error: return path, [error.reason, error.detail]
-    jobs = list(zip(range(len(unique)), unique.archive, unique.path))
-    bad = dict(filter(None, in_parallel(put, jobs, workers, f'decoding to {size} px ({store_bytes(len(unique), size) / 1e6:,.0f} MB)', progress)))
+        at, row = job
+        try: out[at] = to_square(open_row(table, row, max_pixels, hint=size), size, how)
+        except BadImage as error: return row.path, [error.reason, error.detail]
+    bad = dict(filter(None, in_parallel(put, list(enumerate(unique.itertuples())), workers, f'decoding to {size} px ({store_bytes(len(unique), size) / 1e6:,.0f} MB)', progress)))
     out.flush()
     return bad
 
@@ -165,7 +165,7 @@ def build_store(
     folder = Path(folder or root()/'data'/'cache'/'pixels')
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    unique = table.frame.drop_duplicates('path')[['archive', 'path', 'sha1']]
+    unique = table.frame.drop_duplicates('path')[['archive', 'path', 'sha1', *(['box'] if 'box' in table.frame else [])]]
     place = folder/store_key(unique, size, how, max_pixels)
     if not place.exists():
         check_room(folder, store_bytes(len(unique), size))

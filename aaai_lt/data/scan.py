@@ -130,7 +130,7 @@ def separate_copies(
     return quarantine(table.with_frame(table.frame[~leaves], problems))
 
 # %% ../../nbs/data/scan.ipynb #6fb8977c
-UNUSABLE = ('missing', 'unreadable', 'empty file', 'not an image', 'damaged', 'truncated', 'too large')
+UNUSABLE = ('missing', 'unreadable', 'empty file', 'not an image', 'damaged', 'truncated', 'too large', 'bad box')
 
 # %% ../../nbs/data/scan.ipynb #65e48ac4
 def quarantine(

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, StorageError, nearest
 from ..data.augment import eval_batch, normalise, resize
-from ..data.decode import decode
+from ..data.boxes import open_row
 from ..data.pixels import to_square
-from ..data.table import ImageTable, read_bytes
+from ..data.table import ImageTable
 from ..losses.factory import LOSSES
 from ..losses.longtail import prior_offset
 from ..models.heads import fold_adjustment
@@ -200,7 +200,7 @@ def run_images(
     "The first images of a split as the exported file takes them, read from their files again."
     config, data = run.config, run.data
     rows = table.split(split).head(count)
-    pixels = np.stack([to_square(decode(read_bytes(table.root, r.archive, r.path), config.max_pixels, hint=data['store_size']), data['store_size'], config.resize) for r in rows.itertuples()])
+    pixels = np.stack([to_square(open_row(table, r, config.max_pixels, hint=data['store_size']), data['store_size'], config.resize) for r in rows.itertuples()])
     return model_images(torch.from_numpy(pixels), data, preprocessing)
 
 # %% ../../nbs/hardware/export.ipynb #19aaa50e

@@ -37,6 +37,8 @@ class DataSettings:
     fixes: str = ''  # a CSV of corrections to apply: path, action (accept, relabel, drop), label
     pseudo: str = ''  # a CSV of pseudo-labels, whose images join the training split: path, label
     group: str = ''  # a column whose groups must stay on one side of the split
+    box: list = field(default_factory=list)  # four columns that say where the object is in each picture: left, top, right, bottom in pixels; only that part is used
+    box_margin: float = 0.0  # added to the box on each side, as a share of its width or height
 
 # %% ../../nbs/training/config.ipynb #c5e22daf
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ def check_together(
     if config.stages: stage_configs(config); return config
     check_parts(config)
     if config.adjust_tau and LOSSES[config.loss].adjusted: raise ConfigError(f'adjust_tau={config.adjust_tau} with loss {config.loss!r}, which removes the prior already: adjust in the loss or afterwards, never both')
+    if config.box and not (len(config.box) == 4 and all(isinstance(c, str) for c in config.box)): raise ConfigError(f'box is {config.box!r}; four columns are expected: left, top, right, bottom')
     if config.val_fraction + config.test_fraction >= 1: raise ConfigError('val_fraction and test_fraction leave nothing to train on')
     if config.warmup_epochs >= config.epochs and config.epochs > 1: raise ConfigError(f'warmup_epochs={config.warmup_epochs} leaves nothing of {config.epochs} epochs')
     if config.store_size and config.input_size and config.store_size < config.input_size: raise ConfigError(f'store_size={config.store_size} is smaller than input_size={config.input_size}')
@@ -259,7 +262,7 @@ def quick_config(
     small = next((model for family, model in QUICK_MODELS.items() if config.model.startswith(family)), re.sub(r'^repopt_[a-z]\d', 'repopt_s0', config.model))
     scales = 'initial' if is_target(config.model) and config.scales not in ('none', 'previous') else config.scales
     start, teacher = (name if name == 'previous' else '' for name in (config.start, config.teacher))
-    return dataclasses.replace(config, data=builtin, where='', columns={}, fixes='', pseudo='', group='', imbalance_factor=0.0, model=small, model_options=QUICK_OPTIONS.get(small, {}), head_options=config.head_options | QUICK_HEADS.get(config.head, {}), pretrained=False, start=start, teacher=teacher, scales=scales,
+    return dataclasses.replace(config, data=builtin, where='', columns={}, fixes='', pseudo='', group='', box=[], imbalance_factor=0.0, model=small, model_options=QUICK_OPTIONS.get(small, {}), head_options=config.head_options | QUICK_HEADS.get(config.head, {}), pretrained=False, start=start, teacher=teacher, scales=scales,
         pretrain_options={k: v for k, v in config.pretrain_options.items() if k != 'unlabelled'} | QUICK_PRETRAIN.get(config.pretrain, {}),
         input_size=32, store_size=0, epochs=min(config.epochs, 3), warmup_epochs=min(config.warmup_epochs, 1.0), batch_size=min(config.batch_size, 64), save_every=0)
 

@@ -23,11 +23,12 @@ import yaml
 
 from ..core import ConfigError, DataError, StorageError, nearest, packaged, recipe, resolve, root, write_file, write_json
 from ..data.augment import eval_batch
+from ..data.boxes import with_boxes
 from ..data.pixels import build_store
 from ..data.predictions import Predictions, probabilities, save_predictions
 from ..data.pseudo import plain_name
 from ..data.scan import scan
-from ..data.table import SEVERAL, ImageTable, find_archives, find_columns, inside_folder, is_image_name, move_labels, read_images
+from ..data.table import SEVERAL, ImageTable, find_archives, find_columns, inside_folder, is_image_name, move_labels, own_columns, read_images
 from ..losses.factory import LOSSES
 from ..losses.longtail import prior_offset
 from ..models.tta import TTA
@@ -114,15 +115,17 @@ def in_classes(
 # %% ../../nbs/training/evaluate.ipynb #1fdeae10
 def list_files(
     path: Path,  # a folder, searched to any depth, or a CSV with a column of paths
-) -> tuple:  # (the folder they are relative to, Series of paths, Series of ids or None)
-    "The images without labels that a folder holds or a CSV names, with their ids if it has them. Raises DataError."
-    if path.is_dir(): return path, pd.Series(sorted(p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file() and is_image_name(p.name)), dtype=object), None
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+) -> tuple:  # (the folder they are relative to, frame: path, id if there is one, and the CSV's own columns)
+    "The images without labels that a folder holds or a CSV names. Raises DataError."
+    if path.is_dir(): return path, pd.DataFrame({'path': sorted(p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file() and is_image_name(p.name))}, dtype=object)
+    rows = pd.read_csv(path, dtype='string', keep_default_na=False, na_values=[''], encoding='utf-8-sig')
     roles = find_columns(rows.columns, needed=('path',))
-    rows = rows.drop_duplicates(roles['path'], ignore_index=True)
+    rows = rows.dropna(subset=roles['path']).drop_duplicates(roles['path'], ignore_index=True)
     files = rows[roles['path']].str.strip().str.removeprefix('./')
-    ids = rows[roles['id']].str.strip() if 'id' in roles and rows[roles['id']].is_unique else None
-    return path.parent, inside_folder(path.parent, files) if len(files) else files, ids
+    frame = own_columns(rows, [*roles.values(), 'archive', 'label', 'unknown'])
+    frame.insert(0, 'path', (inside_folder(path.parent, files) if len(files) else files).astype(object))
+    if 'id' in roles and rows[roles['id']].is_unique: frame['id'] = rows[roles['id']].str.strip().astype(object)
+    return path.parent, frame
 
 # %% ../../nbs/training/evaluate.ipynb #4c298c87
 def read_unlabelled(
@@ -131,10 +134,9 @@ def read_unlabelled(
     multilabel: bool = False,  # whether the run's images have several labels
 ) -> ImageTable:  # every label is -1, or unknown
     "Images without labels, all in the split `new`, with their ids if a CSV has them. Raises DataError, FileNotFoundError."
-    folder, files, ids = list_files(path := resolve(data))
-    frame = pd.DataFrame({'path': files, 'archive': find_archives(folder, files), 'label': [()] * len(files) if multilabel else -1, 'split': 'new'})
+    folder, frame = list_files(path := resolve(data))
+    frame = frame.assign(archive=find_archives(folder, frame.path), label=[()] * len(frame) if multilabel else -1, split='new')
     if multilabel: frame['unknown'] = [tuple(range(len(classes)))] * len(frame)
-    if ids is not None: frame['id'] = ids
     missing = frame.archive.isna()
     if missing.all(): raise DataError(f'{path} holds no images' if path.is_dir() else f'{path.name}: none of its {len(frame)} images exists under {folder} or in the zips there')
     return ImageTable(frame, tuple(classes), folder, path.stem, multilabel=multilabel).with_frame(frame[~missing], [(p, 'new', -1, 'missing', '', 'left out') for p in frame.path[missing]])
@@ -176,7 +178,7 @@ def other_data(
 ) -> Data:  # with one split, `new`
     "Images that are not the run's, in the run's classes. Raises DataError, FileNotFoundError, StorageError."
     config, facts, size = run.config, run.data, input_size or run.data['input_size']
-    table = scan(read_other(run, data, split, unlabelled), config.max_pixels, 'quarantine', config.workers, progress)
+    table = scan(with_boxes(read_other(run, data, split, unlabelled), config.box, config.box_margin), config.max_pixels, 'quarantine', config.workers, progress)
     store, table = build_store(table, max(config.store_size, size) if config.store_size else size, config.resize, config.max_pixels, None, 'quarantine', config.workers, progress)
     rows = Split(store.rows(table.frame.path), table.targets('new'), table.ids(table.frame))
     return Data(table, store, {'new': rows}, np.array(facts['class_counts']), {'new': []}, size, data_hash(table))

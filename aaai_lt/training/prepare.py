@@ -16,6 +16,7 @@ import torch
 # %% ../../nbs/training/prepare.ipynb #cadfe6a0
 from ..core import ConfigError, DataError, resolve
 from ..data.augment import eval_batch
+from ..data.boxes import with_boxes
 from ..data.builtin import BUILTIN, read_builtin
 from ..data.longtail import cut_tail
 from ..data.pixels import PixelStore, build_store
@@ -50,7 +51,7 @@ def look_at_data(
     table = read_builtin(config.data) if config.data.split(':')[0] in BUILTIN else read_images(config.data, columns=config.columns)
     if config.fixes: table = table.with_fixes(config.fixes)
     if config.where: table = cut(table, config.where)
-    table = scan(table, config.max_pixels, config.bad_images, config.workers, progress)
+    table = scan(with_boxes(table, config.box, config.box_margin), config.max_pixels, config.bad_images, config.workers, progress)
     return split_table(table, config.val_fraction, config.test_fraction, config.split_seed, config.group, config.tiny_classes)
 
 # %% ../../nbs/training/prepare.ipynb #76d826dc
@@ -76,7 +77,7 @@ def data_hash(
     table: ImageTable,
 ) -> str:
     "16 hex digits of the classes, and of every image's content, label and split."
-    frame = table.frame[['path', 'sha1', 'label', 'split', *(['unknown'] if 'unknown' in table.frame else [])]]
+    frame = table.frame[['path', 'sha1', 'label', 'split', *(c for c in ('unknown', 'box') if c in table.frame)]]
     text = '\n'.join(table.classes) + '\n' + frame.to_csv(index=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -90,7 +91,7 @@ def choose_input_size(
     import timm
     cfg = timm.models.get_pretrained_cfg(config.model, allow_unregistered=True) or timm.models.get_pretrained_cfg(config.model.split('.')[0], allow_unregistered=True)
     if cfg and (config.pretrained is True or cfg.fixed_input_size): return cfg.input_size[-1]
-    short = table.frame[['width', 'height']].min(axis=1).median()
+    short = np.median([min(box[2] - box[0], box[3] - box[1]) if box else min(w, h) for box, w, h in zip(table.frame.get('box', [None] * len(table)), table.frame.width, table.frame.height)])
     return int(np.clip(round(short / 16) * 16, 32, 224))
 
 # %% ../../nbs/training/prepare.ipynb #5e632eeb

@@ -247,7 +247,7 @@ def check_pretraining(config: Config) -> None:
     if family != kind.family: raise ConfigError(f"pretrain={config.pretrain!r} is for models of timm's {kind.family} ({'vit_…' if kind is MAE else 'swinv2_…'}), and {config.model} is of {family}")
     if config.select != 'last': raise ConfigError(f"select is {config.select!r}, and a pre-training has no classes to be judged by: set select='last'")
     if config.freeze: raise ConfigError(f'freeze={config.freeze!r} leaves nothing to pre-train')
-    if config.pretrain_options.get('unlabelled') and (config.fixes or config.group): raise ConfigError('pretrain_options: unlabelled images have no labels to fix and no groups: leave fixes and group empty in this run or stage')
+    if config.pretrain_options.get('unlabelled') and (config.fixes or config.group or config.box): raise ConfigError('pretrain_options: unlabelled images have no labels to fix, no groups and no boxes: leave fixes, group and box empty in this run or stage')
     if augment['mixup'] or augment['cutmix']: raise ConfigError('mixup and cutmix mix labels, and a pre-training has none: set both to 0 in augment_options')
 
 # %% ../../nbs/training/pretrain.ipynb #827b9ab5
