@@ -26,3 +26,9 @@ def write_rows(file, rows, key):
     RESULTS.mkdir(exist_ok=True)
     new.sort_values(key, kind='stable').to_csv(path, index=False)
     return new
+
+
+# The traffic signs as they were trained before their boxes were used: pictures whole, RepVGG's branches. Rows that rest on these settings
+# (accuracy.py gtsrb-whole, repopt.py accuracy, int8.py of their runs) keep them.
+WHOLE_SIGNS = {'box': [], 'model': 'repvgg_m0', 'scales': '', 'input_size': 80, 'store_size': 80, 'epochs': 30,
+               'augment_options': {'scale': [0.7, 1.2], 'ratio': [0.85, 1.18], 'rotate': 10, 'shear': 8, 'hflip': 0, 'brightness': 0.5, 'contrast': 0.4, 'saturation': 0.3, 'erase': 0}}

@@ -6,7 +6,7 @@
             training images), the target with the initial scales, and the plain network; seed by seed, resumable
 
 The budget of accuracy was written down before its first run: blocks 1, 2, 2, 1 of half the widths (0.6 M parameters), 64 px, 16 epochs (10
-for the search), one thread; else the recipe of the traffic signs, and the authors' decay for RepVGG. Expected: target with searched scales
+for the search), one thread; else the recipe of the traffic signs before boxes (common.WHOLE_SIGNS), and the authors' decay for RepVGG. Expected: target with searched scales
 within half a point of RepVGG, initial scales a little below, plain last. The runs stay, so that benchmarks/int8.py can quantise them.
 
   python benchmarks/repopt.py step [--rounds 9] [--settings small middle]
@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import torch
-from common import machine, write_rows
+from common import WHOLE_SIGNS, machine, write_rows
 from torch.nn import functional as F
 
 from aaai_lt.core import recipe
@@ -74,7 +74,7 @@ def measure_steps(name, rounds, precision):
 def accuracy_runs(data, seed):
     "The configs that are compared: kind -> Config."
     options = {'blocks': [1, 2, 2, 1], 'widths': [0.5, 0.5, 0.5, 0.5]}
-    common = recipe('gtsrb') | {'data': data, 'seed': seed, 'model_options': options, 'input_size': 64, 'store_size': 64, 'epochs': 16}
+    common = recipe('gtsrb') | WHOLE_SIGNS | {'data': data, 'seed': seed, 'model_options': options, 'input_size': 64, 'store_size': 64, 'epochs': 16}
     search = {'model': 'repopt_s0_hs', 'model_options': options, 'epochs': 10}
     kinds = {'RepVGG': {'model': 'repopt_s0_repvgg', 'weight_decay_rule': 'repvgg'}, 'target': {'stages': [search, {'model': 'repopt_s0', 'scales': 'previous'}]},
              'target, initial scales': {'model': 'repopt_s0', 'scales': 'initial'}, 'plain': {'model': 'repopt_s0', 'scales': 'none'}}

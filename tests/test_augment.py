@@ -127,3 +127,28 @@ def test_evaluation_only_normalises():
 ])
 def test_option_errors(name, changes, message):
     with pytest.raises(ConfigError, match=message): augment_options(name, changes)
+
+
+def test_gamma_is_that_of_torchvision():
+    from torchvision.transforms.v2.functional import adjust_gamma
+    images, u = batch(5, 12).permute(0, 3, 1, 2).float(), augment.draws(3, 0, range(5))
+    bent = augment.light(images, u, {'gamma': 0.8, 'shade': 0.0})
+    for image, got, draw in zip(images, bent, u[:, 92]): torch.testing.assert_close(got / 255, adjust_gamma(image / 255, float(torch.exp((2 * draw - 1) * 0.8))), atol=1e-4, rtol=1e-4)
+
+
+def test_a_shade_falls_off_in_one_direction_and_black_stays_black():
+    flat, u = torch.full((6, 3, 21, 21), 50.0), augment.draws(1, 0, range(6))
+    shaded = augment.light(flat, u, {'gamma': 0.0, 'shade': 0.6})
+    logs = (shaded / 50).log()
+    assert torch.allclose(logs + logs.flip((2, 3)), torch.zeros(()), atol=1e-4)  # as much brighter on one side as darker on the other
+    assert torch.allclose(logs.diff(dim=3).flatten(2).std(2), torch.zeros(()), atol=1e-4) and torch.allclose(logs.diff(dim=2).flatten(2).std(2), torch.zeros(()), atol=1e-4)
+    assert logs.abs().amax() <= 0.6 * 2 ** 0.5 and torch.equal(augment.light(0 * flat, u, {'gamma': 0.5, 'shade': 0.6}), 0 * flat)
+
+
+def test_some_turn_grey():
+    mean, std = torch.zeros(3), torch.ones(3)
+    images, u = batch(64, 8).permute(0, 3, 1, 2).float(), augment.draws(0, 0, range(64))
+    found = augment.colour(images, u, augment.augment_options('none', {'grey': 0.5}), mean, std)
+    grey = (found - found[:, :1]).abs().amax((1, 2, 3)) < 1e-5
+    assert torch.equal(grey, u[:, 95] < 0.5) and 20 < grey.sum() < 44
+    torch.testing.assert_close(found[~grey], images[~grey] / 255)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'AUGMENT', 'GREY', 'splitmix', 'draws', 'check_augment', 'augment_options', 'affine', 'warp', 'resize',
-           'flipped', 'colour', 'normalise', 'box', 'scramble', 'pixel_noise', 'erase', 'mix_weights', 'mix', 'operate',
-           'augment_batch', 'eval_batch']
+           'flipped', 'light', 'colour', 'normalise', 'box', 'scramble', 'pixel_noise', 'erase', 'mix_weights', 'mix',
+           'operate', 'augment_batch', 'eval_batch']
 
 # %% ../../nbs/data/augment.ipynb #4001c547
 import numpy as np
@@ -42,7 +42,7 @@ def draws(
 
 # %% ../../nbs/data/augment.ipynb #e9cfd8ef
 OPTIONS = {'scale': [1.0, 1.0], 'ratio': [1.0, 1.0], 'rotate': 0.0, 'shear': 0.0, 'hflip': 0.0, 'vflip': 0.0,
-           'brightness': 0.0, 'contrast': 0.0, 'saturation': 0.0, 'erase': 0.0, 'erase_noise': 0.0, 'mixup': 0.0, 'cutmix': 0.0,
+           'brightness': 0.0, 'contrast': 0.0, 'saturation': 0.0, 'grey': 0.0, 'gamma': 0.0, 'shade': 0.0, 'erase': 0.0, 'erase_noise': 0.0, 'mixup': 0.0, 'cutmix': 0.0,
            'cutout': 0.0, 'policy': '', 'num_ops': 2, 'magnitude': 9.0}
 AUGMENT = {
     'none': {},
@@ -68,7 +68,7 @@ def check_augment(
     given, ranged = value if isinstance(value, (list, tuple)) else [value], isinstance(OPTIONS[key], list)
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < float('inf') for v in given)
     if not numbers or len(given) != 1 + ranged or ranged and not 0 < given[0] <= given[1]: raise ConfigError(f'augment_options: {key} is {value!r}; ' + ('a range of two positive numbers is expected' if ranged else 'a number of at least 0 is expected'))
-    if key in ('hflip', 'vflip', 'erase', 'cutout') and value > 1: raise ConfigError(f'augment_options: {key} is a {"share" if key == "cutout" else "probability"}, not {value!r}')
+    if key in ('hflip', 'vflip', 'grey', 'erase', 'cutout') and value > 1: raise ConfigError(f'augment_options: {key} is a {"share" if key == "cutout" else "probability"}, not {value!r}')
     if key == 'num_ops' and (value > MOST_OPS or value != int(value)): raise ConfigError(f'augment_options: num_ops is {value!r}; a whole number up to {MOST_OPS} is expected')
     if key == 'magnitude' and value > 30: raise ConfigError(f'augment_options: magnitude is {value!r}; a number up to 30 is expected')
 
@@ -131,18 +131,31 @@ def flipped(
         if options[name]: images = torch.where((u[:, 7 - dim] < options[name])[:, None, None, None], images.flip(dim), images)
     return images
 
+# %% ../../nbs/data/augment.ipynb #962d8050
+def light(
+    images: Tensor,  # float32 in [0, 255], shape (B, 3, H, H)
+    u: Tensor,  # draws, columns 92 to 94 are used
+    options: dict,
+) -> Tensor:  # the same range
+    "Gamma between exp(-gamma) and exp(gamma), and a shade: light that changes by up to exp(shade) from the middle to an edge, in any direction."
+    gamma, angle, fall = torch.exp((2 * u[:, 92] - 1) * options['gamma']), 2 * np.pi * u[:, 93], options['shade'] * u[:, 94]
+    at = torch.linspace(-1, 1, images.shape[-1], device=images.device)
+    slope = (fall * angle.cos())[:, None, None] * at + (fall * angle.sin())[:, None, None] * at[:, None]
+    return (images / 255).log_().mul_(gamma[:, None, None, None]).add_(slope[:, None]).exp_().mul_(255).clamp_(max=255)
+
 # %% ../../nbs/data/augment.ipynb #feef4bc3
 GREY = (0.299, 0.587, 0.114)
 
 # %% ../../nbs/data/augment.ipynb #30880cb7
 def colour(
     images: Tensor,  # float32 in [0, 255], shape (B, 3, H, W)
-    u: Tensor,  # draws, columns 8 to 10 are used
+    u: Tensor,  # draws, columns 8 to 10 and 95 are used
     options: dict,
     mean: Tensor, std: Tensor,  # of the normalisation, in [0, 1], shape (3,)
 ) -> Tensor:  # normalised, shape (B, 3, H, W)
-    "Brightness, contrast, saturation (in this order) and normalisation."
+    "Brightness, contrast, saturation (in this order; none at all in those that turn grey) and normalisation."
     b, c, s = (1 + (2 * u[:, 8 + i] - 1) * options[k] for i, k in enumerate(('brightness', 'contrast', 'saturation')))
+    if options['grey']: s = s.masked_fill(u[:, 95] < options['grey'], 0)
     grey = torch.tensor(GREY, device=images.device)
     mixing = s[:, None, None] * torch.eye(3, device=images.device) + (1 - s)[:, None, None] * grey
     level = b * (1 - c) * (images.mean((2, 3)) @ grey)
@@ -259,8 +272,9 @@ def augment_batch(
 ) -> tuple:  # (float32 images of shape (B, 3, input_size, input_size), targets: as they came, or (B, C) if mixed)
     "What the network sees of a batch in training."
     images = warp(pixels, u, options, input_size)
+    if options['gamma'] or options['shade']: images = light(images, u, options)
     if options['cutout'] or options['policy']: images = operate(images, u, options)
-    images = colour(images, u, options, mean, std) if any(options[k] for k in ('brightness', 'contrast', 'saturation')) else normalise(images, mean, std)
+    images = colour(images, u, options, mean, std) if any(options[k] for k in ('brightness', 'contrast', 'saturation', 'grey')) else normalise(images, mean, std)
     if options['erase']: images = erase(images, u, options['erase'], options['erase_noise'])
     if not (options['mixup'] or options['cutmix']): return images, targets
     shares = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets.float()
