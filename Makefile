@@ -35,7 +35,7 @@ slow: $(READY)   ## also hundreds of kills, and the cells marked slow
 	@$(RUN) $(TESTS) --slow --nb-flags slow --timeout=7200 $(ARGS)
 
 lab: $(READY)    ## JupyterLab on the run notebooks
-	@$(RUN) jupyter lab nbs/train.ipynb
+	@$(RUN) jupyter lab $$([ $$(id -u) = 0 ] && echo --allow-root) nbs/train.ipynb
 
 docs: $(READY)   ## README.md and the site in _docs/
 	@$(RUN) python tools/docs.py readme

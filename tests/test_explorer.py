@@ -247,12 +247,12 @@ def test_an_unknown_parameter_stops_the_report_before_anything_is_read(name, sai
 # -- in a real browser
 
 def find_browser():
-    "(playwright, path of a browser or None for its own); the test is skipped, saying what to install, where there is none."
+    "(playwright, path of a browser or None for its own); the test is skipped, saying what to install, where there is none, or fails if AAAI_LT_BROWSER=required."
     playwright = pytest.importorskip('playwright.sync_api', reason='no playwright: pip install playwright, then playwright install --with-deps chromium (or apt-get install chromium)')
     named = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if named: return playwright, named
     with playwright.sync_playwright() as p:
-        if not Path(p.chromium.executable_path).exists(): pytest.skip('no browser: apt-get install --no-install-recommends chromium, or playwright install --with-deps chromium')
+        if not Path(p.chromium.executable_path).exists(): (pytest.fail if os.environ.get('AAAI_LT_BROWSER') == 'required' else pytest.skip)('no browser: apt-get install --no-install-recommends chromium, or playwright install --with-deps chromium')
     return playwright, None
 
 
