@@ -166,6 +166,30 @@ def test_missing_and_repeated_rows_are_listed(tmp_path):
     assert list(zip(read.problems.path, read.problems.reason)) == [('none.png', 'missing'), ('a.png', 'listed twice')]
 
 
+def test_an_image_listed_in_two_splits_is_not_trained_on(tmp_path):
+    "Given in train (or nowhere) and in val or test: the training row leaves. In val and test: both stay. All are listed, with the other label if there is one."
+    write_csv(tmp_path, 'path,label,split\na.png,x,train\na.png,y,val\nb.png,x,\nb.png,x,test\nc.png,y,val\nc.png,y,test\nd.png,x,train\ne.png,y,train\n', [f'{c}.png' for c in 'abcde'])
+    table = make_table(make_config(data=str(tmp_path)), progress=False)
+    assert {name: list(table.split(name).path) for name in ('train', 'val', 'test')} == {'train': ['d.png', 'e.png'], 'val': ['a.png', 'c.png'], 'test': ['b.png', 'c.png']}
+    assert table.problems[['path', 'split', 'reason', 'detail', 'action']].values.tolist() == [
+        ['a.png', 'train', 'listed in two splits', 'also in val as y', 'left out'], ['b.png', '', 'listed in two splits', 'also in test', 'left out'], ['c.png', 'test', 'listed in two splits', 'also in val', 'kept']]
+
+
+def test_a_second_row_with_another_label_names_it(tmp_path):
+    "In training and without a split is one place: the second row would else be held out, and leak."
+    read = read_images(write_csv(tmp_path, 'path,label,split\na.png,x,train\na.png,y,\nb.png,y,train\nb.png,y,train\n'))
+    assert list(read.frame.path) == ['a.png', 'b.png'] and read.label_text(read.frame.label[0]) == 'x'
+    assert list(zip(read.problems.reason, read.problems.detail)) == [('listed twice', 'also as x'), ('listed twice', '')]
+
+
+def test_tiny_classes_stay_in_both_splits(tmp_path):
+    "What `tiny_classes` copies itself is there on purpose."
+    names = [f'{i}.png' for i in range(12)]
+    write_csv(tmp_path, 'path,label\n' + ''.join(f'{name},{"few" if i < 2 else "many"}\n' for i, name in enumerate(names)), names)
+    table = make_table(make_config(data=str(tmp_path), tiny_classes='both'), progress=False)
+    assert table.counts('train').tolist() == [2, 9] and table.counts('val').tolist() == [2, 1] and not len(table.problems)
+
+
 @pytest.mark.parametrize('text, message', [
     ('path,label,split\na.png,x,train\nb.png,x,trian\n', "unknown split 'trian'.*did you mean 'train'"),
     ('path,label\na.png,x\nb.png,\n', 'no label in row 2'),

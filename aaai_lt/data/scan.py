@@ -80,7 +80,7 @@ def find_copies(
     held = frame[same & frame.split.isin(['val', 'test'])]
     held_out = dict(zip(held.sha1, held.path))
     problems = [problem for sha1, group in frame[same].groupby('sha1') for problem in copy_problems(group, held_out.get(sha1))]
-    own = frame.groupby('path').split.transform('nunique') > 1  # one file in both splits on purpose (tiny_classes='both')
+    own = frame.groupby('path').split.transform('nunique') > 1  # one file in both splits on purpose (tiny_classes='both'); where a list says so, the reader has sent it away
     return problems, same & (frame.split == 'train') & frame.sha1.isin(held_out) & ~own
 
 # %% ../../nbs/data/scan.ipynb #8d7ae2f0

@@ -8,8 +8,8 @@ __all__ = ['PROBLEM_COLUMNS', 'IMAGE_SUFFIXES', 'SPLIT_NAMES', 'SEPARATORS', 'MA
            'index_labels', 'label_matrix', 'label_sets', 'find_separator', 'index_names', 'label_columns',
            'index_marks', 'split_folders', 'list_folder', 'read_folder', 'zip_members', 'find_archives',
            'inside_folder', 'open_zip', 'read_bytes', 'find_columns', 'read_labels', 'read_splits', 'own_columns',
-           'unusable_rows', 'table_from_rows', 'read_csv', 'read_list', 'move_labels', 'cut', 'read_images',
-           'parse_label', 'read_text_columns', 'read_fixes', 'apply_fixes']
+           'listed_again', 'unusable_rows', 'table_from_rows', 'read_csv', 'read_list', 'move_labels', 'cut',
+           'read_images', 'parse_label', 'read_text_columns', 'read_fixes', 'apply_fixes']
 
 # %% ../../nbs/data/table.ipynb #c3bd6c6b
 import os
@@ -374,17 +374,37 @@ def own_columns(
     return extra.apply(lambda c: pd.to_numeric(c) if c.dropna().str.fullmatch(r'-?\d+(\.\d+)?').all() else c)
 
 # %% ../../nbs/data/table.ipynb #9bbf0d17
-def unusable_rows(
-    frame: pd.DataFrame,  # path, archive (none: nowhere), label, split
-    folder: Path,  # where they were looked for
-    name: str,  # of the file, for the message
+def listed_again(
+    table: ImageTable,  # as its list has it
 ) -> tuple:  # (bool for each row, rows for the list of problems)
-    "Images that are nowhere, or listed twice in a split. Raises DataError if all of them are nowhere."
-    missing, repeated = frame.archive.isna(), frame.duplicated(['path', 'split'])
-    if missing.all(): raise DataError(f'{name}: none of its {len(frame):,} images exists; the first is {frame.path.iloc[0]!r}, looked for under {folder} and in the zips there')
-    problems = [(r.path, r.split, r.label, 'missing', f'not under {folder.name}/ nor in a zip there', 'left out') for r in frame[missing].itertuples()]
-    problems += [(r.path, r.split, r.label, 'listed twice', '', 'left out') for r in frame[repeated & ~missing].itertuples()]
-    return missing | repeated, problems
+    "Rows whose image another row has too. The second in the same split leaves; of an image in two splits the training row leaves, since a network must not be judged on what it has learnt."
+    frame = table.frame.assign(part=table.frame.split.replace('', 'train'))  # what no split is given to is cut from training
+    again = frame.loc[frame.duplicated('path', keep=False), ['path', 'label', 'split', 'part']]
+    held = {row.path: row for row in again[again.part != 'train'][::-1].itertuples()}
+    seen, leaves, problems = {}, [], []
+    for row in again.itertuples():
+        first = seen.setdefault((row.path, row.part), row)
+        other = first if first.Index != row.Index else held.get(row.path, row)
+        if other.Index == row.Index: continue
+        apart = other.part != row.part
+        stays = apart and row.part != 'train'
+        words = (f' in {other.split}' if apart else '') + (f' as {table.label_text(other.label)}' if other.label != row.label else '')
+        if not stays: leaves.append(row.Index)
+        problems.append((row.path, row.split, row.label, 'listed in two splits' if apart else 'listed twice', words and f'also{words}', 'kept' if stays else 'left out'))
+    return frame.index.isin(leaves), problems
+
+# %% ../../nbs/data/table.ipynb #39d9973e
+def unusable_rows(
+    table: ImageTable,  # as its list has it; archive: none where an image is nowhere
+    name: str,  # of the list, for the message
+) -> tuple:  # (bool for each row, rows for the list of problems)
+    "Images that are nowhere, or listed again. Raises DataError if all of them are nowhere."
+    frame, missing = table.frame, table.frame.archive.isna()
+    if missing.all(): raise DataError(f'{name}: none of its {len(frame):,} images exists; the first is {frame.path.iloc[0]!r}, looked for under {table.root} and in the zips there')
+    problems = [(r.path, r.split, r.label, 'missing', f'not under {table.root.name}/ nor in a zip there', 'left out') for r in frame[missing].itertuples()]
+    leaves, more = listed_again(table)
+    nowhere = set(frame.path[missing])
+    return missing | leaves, problems + [problem for problem in more if problem[0] not in nowhere]
 
 # %% ../../nbs/data/table.ipynb #59484837
 def table_from_rows(
@@ -403,8 +423,9 @@ def table_from_rows(
     else: roles = {k: v for k, v in roles.items() if k != 'id'}
     extra = own_columns(rows, [*roles.values(), 'archive', *(classes if several and 'label' not in roles else (given or {}).get('labels', ()))])
     frame = frame.join(extra.rename(columns={c: f'{c}_text' for c in frame}))
-    unusable, problems = unusable_rows(frame, folder, name)
-    return ImageTable(frame, classes, folder, folder.name, multilabel=several).with_frame(frame[~unusable], problems)
+    table = ImageTable(frame, classes, folder, folder.name, multilabel=several)
+    unusable, problems = unusable_rows(table, name)
+    return table.with_frame(frame[~unusable], problems)
 
 # %% ../../nbs/data/table.ipynb #b3ebf5ce
 def read_csv(
