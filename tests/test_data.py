@@ -15,6 +15,7 @@ from PIL import Image
 
 from aaai_lt.core import ConfigError, DataError, StorageError
 from aaai_lt.data import pixels, scan, split
+from aaai_lt.data import table as table_module
 from aaai_lt.data.decode import BadImage, decode
 from aaai_lt.data.longtail import cut_tail
 from aaai_lt.data.table import ImageTable, read_images
@@ -188,6 +189,54 @@ def test_tiny_classes_stay_in_both_splits(tmp_path):
     write_csv(tmp_path, 'path,label\n' + ''.join(f'{name},{"few" if i < 2 else "many"}\n' for i, name in enumerate(names)), names)
     table = make_table(make_config(data=str(tmp_path), tiny_classes='both'), progress=False)
     assert table.counts('train').tolist() == [2, 9] and table.counts('val').tolist() == [2, 1] and not len(table.problems)
+
+
+def zipped(folder, names=('a.png', 'b.png', 'c.png'), archive='all.zip'):
+    "Images of noise in a stored zip, of classes x and y in turn, and a list of them."
+    noises = {name: noise(folder/'loose'/name, i).read_bytes() for i, name in enumerate(names)}
+    with zipfile.ZipFile(folder/archive, 'w') as file:
+        for name, data in noises.items(): file.writestr(name, data)
+    shutil.rmtree(folder/'loose')
+    (folder/'labels.csv').write_text('path,label\n' + ''.join(f'{name},{"xy"[i % 2]}\n' for i, name in enumerate(names)))
+    return folder/archive
+
+
+def test_a_zip_that_cannot_be_read_is_named(tmp_path):
+    "Half a zip beside a whole one is no matter until an image is nowhere else."
+    (tmp_path/'half.zip').write_bytes(zipped(tmp_path).read_bytes()[:-30])
+    (tmp_path/'._all.zip').write_bytes(b'what macOS writes beside a file')
+    assert len(read_images(tmp_path)) == 3
+    with open(tmp_path/'labels.csv', 'a') as file: file.write('d.png,x\n')
+    with pytest.raises(DataError, match=r"'d.png' is in no file there.*half.zip .File is not a zip file.. Copy") as error: read_images(tmp_path)
+    assert '._all.zip' not in str(error.value)
+
+
+@pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2], ids=['stored', 'deflated', 'bzip2'])
+def test_a_damaged_member_of_a_zip_is_listed(tmp_path, compression):
+    "Wherever the bytes of a member are damaged: it is listed, and the others are used."
+    archive, seeds = zipped(tmp_path), random.Random(0)
+    with zipfile.ZipFile(archive) as file: members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(archive, 'w', compression) as file:
+        for name, data in members.items(): file.writestr(name, data)
+        first, last = (file.getinfo(name).header_offset for name in ('b.png', 'c.png'))
+    whole = archive.read_bytes()
+    reasons = []
+    for at in [first, first + 26, first + 36, *(seeds.randrange(first + 35, last - 6) for _ in range(5))]:
+        archive.write_bytes(whole[:at] + bytes(255 - b for b in whole[at:at + 6]) + whole[at + 6:])
+        table_module.open_zip.cache_clear()
+        looked = scan.scan(read_images(tmp_path), progress=False)
+        assert set(looked.frame.path) | set(looked.problems.path) == {*members} and set(looked.problems.path) <= {'b.png'}
+        reasons += list(looked.problems.reason)
+    assert reasons == ['unreadable'] * 8
+
+
+def test_an_image_that_goes_after_the_scan_is_listed(tmp_path):
+    table = scanned(image_folder(tmp_path/'set', {'x': 3, 'y': 3}))
+    (tmp_path/'set'/'x'/'001.png').unlink()
+    store, kept = pixels.build_store(table, 16, folder=tmp_path/'stores', progress=False)
+    assert len(kept) == 5 and list(kept.problems.path) == ['x/001.png'] and list(kept.problems.reason) == ['unreadable']
+    assert store.folder.name in kept.problems.detail[0]  # what to delete to have it read again
+    with pytest.raises(DataError, match='x/001.png .unreadable'): pixels.build_store(table, 16, folder=tmp_path/'stores', bad_images='fail', progress=False)
 
 
 @pytest.mark.parametrize('text, message', [

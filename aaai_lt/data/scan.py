@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core import DataError
 from .decode import MAX_PIXELS, BadImage, check_whole, open_image
-from .table import ImageTable, read_bytes
+from .table import READ_ERRORS, ImageTable, read_bytes
 
 # %% ../../nbs/data/scan.ipynb #1ec37920
 SUFFIX_FORMATS = {'.jpg': ('JPEG', 'MPO'), '.jpeg': ('JPEG', 'MPO'), '.png': ('PNG',), '.gif': ('GIF',), '.webp': ('WEBP',), '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',), '.ppm': ('PPM',)}
@@ -34,7 +34,7 @@ def scan_file(
 ) -> tuple:  # the SCAN_COLUMNS
     "Header and hash of one file; `reason` is empty if it can be used."
     try: data = read_bytes(root, archive, path)
-    except (OSError, KeyError, ValueError, RuntimeError) as error: return 0, 0, '', '', 0, '', 'unreadable', f'{type(error).__name__}: {error}'
+    except READ_ERRORS as error: return 0, 0, '', '', 0, '', 'unreadable', f'{type(error).__name__}: {error}'
     facts = len(data), hashlib.sha1(data).hexdigest()
     try:
         image = open_image(data, max_pixels)
