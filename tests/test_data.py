@@ -15,6 +15,7 @@ from PIL import Image
 
 from aaai_lt.core import ConfigError, DataError, StorageError
 from aaai_lt.data import pixels, scan, split
+from aaai_lt.data import table as table_module
 from aaai_lt.data.decode import BadImage, decode
 from aaai_lt.data.longtail import cut_tail
 from aaai_lt.data.table import ImageTable, read_images
@@ -164,6 +165,78 @@ def test_missing_and_repeated_rows_are_listed(tmp_path):
     read = read_images(write_csv(tmp_path, 'path,label\na.png,x\nb.png,y\nnone.png,x\na.png,x\n'))
     assert list(read.frame.path) == ['a.png', 'b.png']
     assert list(zip(read.problems.path, read.problems.reason)) == [('none.png', 'missing'), ('a.png', 'listed twice')]
+
+
+def test_an_image_listed_in_two_splits_is_not_trained_on(tmp_path):
+    "Given in train (or nowhere) and in val or test: the training row leaves. In val and test: both stay. All are listed, with the other label if there is one."
+    write_csv(tmp_path, 'path,label,split\na.png,x,train\na.png,y,val\nb.png,x,\nb.png,x,test\nc.png,y,val\nc.png,y,test\nd.png,x,train\ne.png,y,train\n', [f'{c}.png' for c in 'abcde'])
+    table = make_table(make_config(data=str(tmp_path)), progress=False)
+    assert {name: list(table.split(name).path) for name in ('train', 'val', 'test')} == {'train': ['d.png', 'e.png'], 'val': ['a.png', 'c.png'], 'test': ['b.png', 'c.png']}
+    assert table.problems[['path', 'split', 'reason', 'detail', 'action']].values.tolist() == [
+        ['a.png', 'train', 'listed in two splits', 'also in val as y', 'left out'], ['b.png', '', 'listed in two splits', 'also in test', 'left out'], ['c.png', 'test', 'listed in two splits', 'also in val', 'kept']]
+
+
+def test_a_second_row_with_another_label_names_it(tmp_path):
+    "In training and without a split is one place: the second row would else be held out, and leak."
+    read = read_images(write_csv(tmp_path, 'path,label,split\na.png,x,train\na.png,y,\nb.png,y,train\nb.png,y,train\n'))
+    assert list(read.frame.path) == ['a.png', 'b.png'] and read.label_text(read.frame.label[0]) == 'x'
+    assert list(zip(read.problems.reason, read.problems.detail)) == [('listed twice', 'also as x'), ('listed twice', '')]
+
+
+def test_tiny_classes_stay_in_both_splits(tmp_path):
+    "What `tiny_classes` copies itself is there on purpose."
+    names = [f'{i}.png' for i in range(12)]
+    write_csv(tmp_path, 'path,label\n' + ''.join(f'{name},{"few" if i < 2 else "many"}\n' for i, name in enumerate(names)), names)
+    table = make_table(make_config(data=str(tmp_path), tiny_classes='both'), progress=False)
+    assert table.counts('train').tolist() == [2, 9] and table.counts('val').tolist() == [2, 1] and not len(table.problems)
+
+
+def zipped(folder, names=('a.png', 'b.png', 'c.png'), archive='all.zip'):
+    "Images of noise in a stored zip, of classes x and y in turn, and a list of them."
+    noises = {name: noise(folder/'loose'/name, i).read_bytes() for i, name in enumerate(names)}
+    with zipfile.ZipFile(folder/archive, 'w') as file:
+        for name, data in noises.items(): file.writestr(name, data)
+    shutil.rmtree(folder/'loose')
+    (folder/'labels.csv').write_text('path,label\n' + ''.join(f'{name},{"xy"[i % 2]}\n' for i, name in enumerate(names)))
+    return folder/archive
+
+
+def test_a_zip_that_cannot_be_read_is_named(tmp_path):
+    "Half a zip beside a whole one is no matter until an image is nowhere else."
+    (tmp_path/'half.zip').write_bytes(zipped(tmp_path).read_bytes()[:-30])
+    (tmp_path/'._all.zip').write_bytes(b'what macOS writes beside a file')
+    assert len(read_images(tmp_path)) == 3
+    with open(tmp_path/'labels.csv', 'a') as file: file.write('d.png,x\n')
+    with pytest.raises(DataError, match=r"'d.png' is in no file there.*half.zip .File is not a zip file.. Copy") as error: read_images(tmp_path)
+    assert '._all.zip' not in str(error.value)
+
+
+@pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2], ids=['stored', 'deflated', 'bzip2'])
+def test_a_damaged_member_of_a_zip_is_listed(tmp_path, compression):
+    "Wherever the bytes of a member are damaged: it is listed, and the others are used."
+    archive, seeds = zipped(tmp_path), random.Random(0)
+    with zipfile.ZipFile(archive) as file: members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(archive, 'w', compression) as file:
+        for name, data in members.items(): file.writestr(name, data)
+        first, last = (file.getinfo(name).header_offset for name in ('b.png', 'c.png'))
+    whole = archive.read_bytes()
+    reasons = []
+    for at in [first, first + 26, first + 36, *(seeds.randrange(first + 35, last - 6) for _ in range(5))]:
+        archive.write_bytes(whole[:at] + bytes(255 - b for b in whole[at:at + 6]) + whole[at + 6:])
+        table_module.open_zip.cache_clear()
+        looked = scan.scan(read_images(tmp_path), progress=False)
+        assert set(looked.frame.path) | set(looked.problems.path) == {*members} and set(looked.problems.path) <= {'b.png'}
+        reasons += list(looked.problems.reason)
+    assert reasons == ['unreadable'] * 8
+
+
+def test_an_image_that_goes_after_the_scan_is_listed(tmp_path):
+    table = scanned(image_folder(tmp_path/'set', {'x': 3, 'y': 3}))
+    (tmp_path/'set'/'x'/'001.png').unlink()
+    store, kept = pixels.build_store(table, 16, folder=tmp_path/'stores', progress=False)
+    assert len(kept) == 5 and list(kept.problems.path) == ['x/001.png'] and list(kept.problems.reason) == ['unreadable']
+    assert store.folder.name in kept.problems.detail[0]  # what to delete to have it read again
+    with pytest.raises(DataError, match='x/001.png .unreadable'): pixels.build_store(table, 16, folder=tmp_path/'stores', bad_images='fail', progress=False)
 
 
 @pytest.mark.parametrize('text, message', [

@@ -11,8 +11,8 @@ import pandas as pd
 from PIL import Image
 
 from ..core import DataError, nearest
-from .decode import MAX_PIXELS, decode
-from .table import ImageTable, read_bytes
+from .decode import MAX_PIXELS, BadImage, decode
+from .table import READ_ERRORS, ImageTable, read_bytes
 
 # %% ../../nbs/data/boxes.ipynb #7a1822e7
 def check_box_columns(
@@ -50,4 +50,6 @@ def open_row(
 ) -> Image.Image:  # mode RGB, upright
     "The picture of one row, or the part of it that the row's box holds. Raises BadImage."
     box = getattr(row, 'box', None)
-    return decode(read_bytes(table.root, row.archive, row.path), max_pixels, hint, box if isinstance(box, tuple) else None)
+    try: data = read_bytes(table.root, row.archive, row.path)
+    except READ_ERRORS as error: raise BadImage('unreadable', f'{type(error).__name__}: {error}') from error
+    return decode(data, max_pixels, hint, box if isinstance(box, tuple) else None)

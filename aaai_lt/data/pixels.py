@@ -145,7 +145,7 @@ def write_store(
     def put(job):
         at, row = job
         try: out[at] = to_square(open_row(table, row, max_pixels, hint=size), size, how)
-        except BadImage as error: return row.path, [error.reason, error.detail]
+        except BadImage as error: return row.path, [error.reason, error.detail + (f'; to have it read again, delete {beside.name.partition(".")[0]}' if error.reason == 'unreadable' else '')]
     bad = dict(filter(None, in_parallel(put, list(enumerate(unique.itertuples())), workers, f'decoding to {size} px ({store_bytes(len(unique), size) / 1e6:,.0f} MB)', progress)))
     out.flush()
     return bad

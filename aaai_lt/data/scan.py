@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core import DataError
 from .decode import MAX_PIXELS, BadImage, check_whole, open_image
-from .table import ImageTable, read_bytes
+from .table import READ_ERRORS, ImageTable, read_bytes
 
 # %% ../../nbs/data/scan.ipynb #1ec37920
 SUFFIX_FORMATS = {'.jpg': ('JPEG', 'MPO'), '.jpeg': ('JPEG', 'MPO'), '.png': ('PNG',), '.gif': ('GIF',), '.webp': ('WEBP',), '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',), '.ppm': ('PPM',)}
@@ -34,7 +34,7 @@ def scan_file(
 ) -> tuple:  # the SCAN_COLUMNS
     "Header and hash of one file; `reason` is empty if it can be used."
     try: data = read_bytes(root, archive, path)
-    except (OSError, KeyError, ValueError, RuntimeError) as error: return 0, 0, '', '', 0, '', 'unreadable', f'{type(error).__name__}: {error}'
+    except READ_ERRORS as error: return 0, 0, '', '', 0, '', 'unreadable', f'{type(error).__name__}: {error}'
     facts = len(data), hashlib.sha1(data).hexdigest()
     try:
         image = open_image(data, max_pixels)
@@ -80,7 +80,7 @@ def find_copies(
     held = frame[same & frame.split.isin(['val', 'test'])]
     held_out = dict(zip(held.sha1, held.path))
     problems = [problem for sha1, group in frame[same].groupby('sha1') for problem in copy_problems(group, held_out.get(sha1))]
-    own = frame.groupby('path').split.transform('nunique') > 1  # one file in both splits on purpose (tiny_classes='both')
+    own = frame.groupby('path').split.transform('nunique') > 1  # one file in both splits on purpose (tiny_classes='both'); where a list says so, the reader has sent it away
     return problems, same & (frame.split == 'train') & frame.sha1.isin(held_out) & ~own
 
 # %% ../../nbs/data/scan.ipynb #8d7ae2f0
