@@ -1,6 +1,7 @@
 "Losses against slow plain formulas, torch, timm and torchvision, their own derivatives, and what must not change them."
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -181,6 +182,30 @@ def test_soft_targets_are_the_mix_of_hard_ones(name):
 @pytest.mark.parametrize('name', HARD_ONLY)
 def test_soft_targets_are_refused(name):
     with pytest.raises(ConfigError, match='mixup'): make_loss(name, COUNTS)(logits(), torch.full((7, 4), 0.25))
+
+
+@pytest.mark.parametrize('name', sorted(LOSSES))
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('shape', [(2,), (7,), (5, 1), (1, 4), (5, 3), (2, 4), (5, 4, 1), ()])
+def test_targets_of_a_wrong_shape_are_refused(name, training, shape):
+    "Five images of four classes; nothing is counted of a batch that was refused."
+    loss, several = make_loss(name, COUNTS).train(training), getattr(LOSSES[name], 'multilabel', False)
+    for z in (logits(n=5), logits(n=5).bfloat16()):
+        for target in [torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)] + [torch.zeros(5, dtype=torch.int64)] * several:
+            with pytest.raises(ValueError, match=re.escape('logits of shape (5, 4) and a target of shape ' + str(tuple(target.shape))) + '.*expected'): loss(z, target)
+    assert all(torch.equal(v, make_loss(name, COUNTS).state_dict()[key]) for key, v in loss.state_dict().items())
+
+
+def test_a_margin_looks_at_the_target_too():
+    loss = MarginLoss(make_loss('focal', COUNTS), torch.full((4,), 0.2))
+    for target in (torch.zeros(2, dtype=torch.int64), torch.full((5, 1), 0.25)):
+        with pytest.raises(ValueError, match='target of shape'): loss(logits(n=5), target)
+
+
+def test_logits_of_another_form_are_refused():
+    "A map of logits, or those of one image without a batch, which torch's own cross-entropy would take."
+    for name, z, target in (('focal', torch.zeros(5, 4, 3), hard(n=5)), ('cross_entropy', torch.zeros(4), torch.full((4,), 0.25)), ('bce', torch.zeros(4), torch.zeros(4))):
+        with pytest.raises(ValueError, match='logits'): make_loss(name, COUNTS)(z, target)
 
 
 @pytest.mark.parametrize('name', EVERY)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import ConfigError
-from .longtail import cross_entropy, mean_cost, widen
+from .longtail import check_target, cross_entropy, mean_cost, widen
 
 # %% ../../nbs/losses/equalization.ipynb #5387c9c0
 def over_processes(sums: Tensor) -> Tensor:
@@ -89,6 +89,7 @@ class EQL(nn.Module):
         self.register_buffer('rare', counts / counts.sum() < (0.4 / len(counts) if threshold is None else threshold))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_target(logits, target)
         if not self.training: return cross_entropy(logits, target)
         return cross_entropy_without(widen(logits), target, random_mask(logits.shape, self.drop, logits.device) & self.rare)
 
@@ -141,6 +142,7 @@ class EQLv2(GradientSums):
         return torch.where(self.neg_grad > 0, self.pos_grad / self.neg_grad, 100.0)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_target(logits, target)
         form = equalized_indices if target.ndim == 1 else equalized_shares
         cost, sums = form(widen(logits), target, *eqlv2_weights(self.ratio, self.gamma, self.mu, self.alpha))
         if self.training: self.collect(*sums)
@@ -200,6 +202,7 @@ class Seesaw(nn.Module):
         self.register_buffer('seen', torch.zeros(len(class_counts)))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_target(logits, target)
         if target.ndim != 1: raise ConfigError('the loss seesaw needs one class for each image: leave out mixup, cutmix and soft labels, or choose another loss')
         if self.training: self.seen += over_processes(torch.zeros_like(self.seen).index_add_(0, target, torch.ones_like(target, dtype=self.seen.dtype)))
         z = widen(logits)

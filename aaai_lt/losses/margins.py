@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import ConfigError
-from .longtail import ClassBalanced, widen
+from .longtail import ClassBalanced, check_target, widen
 
 # %% ../../nbs/losses/margins.ipynb #21082377
 def ldam_margins(
@@ -51,6 +51,7 @@ class LDAM(ClassBalanced):
         self.register_buffer('margins', ldam_margins(class_counts, largest))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_target(logits, target)
         return super().forward(minus_margin(widen(logits), target, self.margins * (self.scale or 1.0)), target)
 
 # %% ../../nbs/losses/margins.ipynb #364e8567
@@ -117,6 +118,7 @@ class MarginLoss(nn.Module):
         self.register_buffer('margins', margins)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_target(logits, target)
         if self.training: logits = move_cosines(widen(logits), target, self.margins, self.scale, self.easy_margin, self.smoothing)
         return self.loss(logits, target)
 

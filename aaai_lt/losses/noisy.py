@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .longtail import mean_cost, widen
+from .longtail import check_target, mean_cost, widen
 
 # %% ../../nbs/losses/noisy.ipynb #bdd6a4a2
 class GCE(nn.Module):
@@ -24,6 +24,7 @@ class GCE(nn.Module):
         self.q = q
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_target(logits, target)
         return mean_cost(lambda log_p: -torch.expm1(self.q * log_p) / self.q, F.log_softmax(widen(logits), 1), target)
 
 # %% ../../nbs/losses/noisy.ipynb #4b9f5d44
@@ -54,6 +55,7 @@ class SymmetricCE(nn.Module):
         self.alpha, self.beta, self.log_zero = alpha, beta, log_zero
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_target(logits, target)
         log_p = F.log_softmax(widen(logits), 1)
         if target.ndim != 1: return symmetric_shares(log_p, target, self.alpha, self.beta, self.log_zero)
         return mean_cost(lambda log_p: self.beta * self.log_zero * torch.expm1(log_p) - self.alpha * log_p, log_p, target)
