@@ -16,7 +16,7 @@ from aaai_lt.core import ConfigError, DataError
 from aaai_lt.data import longtail
 from aaai_lt.data.table import ImageTable, read_folder, read_images
 from aaai_lt.training.config import make_config
-from aaai_lt.training.prepare import make_table
+from aaai_lt.training.prepare import look_at_data, make_table
 
 
 # -- tails
@@ -80,7 +80,7 @@ def test_a_run_reads_corrections_before_its_cut(pets, tmp_path, home):
     fixes = tmp_path/'fixes.csv'
     fixes.write_text('path,action,label\ncat/0.png,drop,\ncat/1.png,relabel,dog\ndog/0.png,accept,\ndog/1.png,relabel,cat\ndog/1.png,accept,\n')
     whole = make_table(make_config(data=str(pets), fixes=str(fixes), val_fraction=0.0, select='last'), progress=False)
-    dogs = make_table(make_config(data=str(pets), fixes=str(fixes), where='label == 1', val_fraction=0.0, select='last'), progress=False)
+    dogs = look_at_data(make_config(data=str(pets), fixes=str(fixes), where='label == 1', val_fraction=0.0, select='last'), progress=False)
     assert list(whole.counts()) == [2, 5] and list(dogs.counts()) == [5] and dogs.classes == ('dog',)
     listed = whole.problems.set_index('path')
     assert listed.reason.to_dict() == {'cat/0.png': 'dropped', 'cat/1.png': 'relabelled'} and listed.detail['cat/1.png'] == 'cat to dog by fixes.csv'

@@ -138,6 +138,80 @@ def test_readers_agree(little, tmp_path):
     for place in (little, tmp_path/'csv', tmp_path/'flat'): assert read_images(place).classes == ('2', '10')  # not '10', '2'
 
 
+def linked_parts(place, whole):
+    "A data set put together from links: to a class folder, to a folder inside one, to single images."
+    (place/'train'/'b').mkdir(parents=True)
+    (place/'train'/'a').symlink_to(whole/'a')
+    (place/'train'/'b'/'more').symlink_to(whole/'b')
+    (place/'val').symlink_to(whole)
+    (place/'train'/'b'/'one.png').symlink_to(whole/'a'/'001.png')
+    return place
+
+
+def test_links_are_followed(tmp_path):
+    whole = image_folder(tmp_path/'whole', {'a': 3, 'b': 2})
+    read = scanned(linked_parts(tmp_path/'parts', whole))
+    assert read.counts('train').tolist() == [3, 3] and read.counts('val').tolist() == [3, 2] and not len(read.problems)
+    assert set(read.split('train').path) == {'train/a/000.png', 'train/a/001.png', 'train/a/002.png', 'train/b/more/000.png', 'train/b/more/001.png', 'train/b/one.png'}
+
+
+def test_links_that_lead_back_or_nowhere_are_listed(tmp_path):
+    "Up, to itself, in a circle of two, to a class beside it: whatever there is, the walk ends, and each class has its own images."
+    folder = image_folder(tmp_path/'set', {'a': 2, 'b': 2})
+    image_folder(tmp_path/'far', {'x': 1})
+    for place, target in (('a/up', folder), ('a/higher', tmp_path), ('a/self', folder/'a'/'self'), ('a/gone.png', 'nowhere.png'), ('gone', tmp_path/'nowhere'), ('b/far', tmp_path/'far'), ('b/here', folder/'b')): (folder/place).symlink_to(target)
+    (tmp_path/'far'/'x'/'back').symlink_to(tmp_path/'far')
+    read = read_images(folder)
+    assert list(read.frame.path) == ['a/000.png', 'a/001.png', 'b/000.png', 'b/001.png', 'b/far/x/000.png'] and read.classes == ('a', 'b')
+    assert dict(zip(read.problems.path, read.problems.reason)) == {'a/up': 'not a file', 'a/higher': 'not a file', 'a/self': 'missing', 'a/gone.png': 'missing', 'gone': 'missing', 'b/here': 'not a file', 'b/far/x/back': 'not a file'}
+    with pytest.raises(DataError, match='3 images cannot be used'): scan.scan(read, bad_images='fail', progress=False)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    "Neither beside the class folders, nor inside them, with splits and without; and each is listed."
+    flat, nested = image_folder(tmp_path/'flat', {'a': 2, 'b': 2}), tmp_path/'nested'
+    shutil.copytree(flat, nested/'train')
+    for folder in (flat, flat/'a', nested, nested/'train', nested/'train'/'b'):
+        for name in ('.ipynb_checkpoints', '__MACOSX'): noise(folder/name/'0.png', 9)
+    for folder, hidden in ((flat, 4), (nested, 6)):
+        read = read_images(folder)
+        assert read.classes == ('a', 'b') and len(read) == 4 and list(read.problems.reason) == ['hidden folder'] * hidden
+
+
+def test_loose_images_are_listed(tmp_path):
+    folder = image_folder(tmp_path/'set', {'a': 2, 'b': 2})
+    for place in ('loose.png', 'README.md'): noise(folder/'loose.png', 1).rename(folder/place)
+    noise(folder/'loose.png', 1)
+    assert list(zip(read_images(folder).problems.path, read_images(folder).problems.reason)) == [('loose.png', 'outside a class folder')]
+
+
+def test_class_folders_without_images_are_not_trained_without(tmp_path):
+    "A class that would vanish is an error for a training, and a row of the list for who only reads; `.jfif` is a JPEG."
+    folder = image_folder(tmp_path/'set', {'a': 2, 'b': 2, 'c': 2})
+    for file in (folder/'c').iterdir(): file.rename(file.with_suffix('.heic'))
+    (folder/'d').mkdir()
+    noise(folder/'e'/'0.jpg', 1).rename(folder/'e'/'0.JFIF')
+    read = read_images(folder)
+    assert read.classes == ('a', 'b', 'e') and list(read.problems.path[read.problems.reason == 'class without images']) == ['c', 'd']
+    assert not len(scan.scan(read, progress=False).problems.query("reason == 'misnamed'"))
+    with pytest.raises(DataError, match='no image in 2 class folders: c, d .c holds 2 other files, such as c/000.heic'): make_table(make_config(data=str(folder)), progress=False)
+    shutil.copytree(folder, tmp_path/'parts'/'train'), shutil.copytree(folder/'a', tmp_path/'parts'/'val'/'a')
+    (tmp_path/'parts'/'val'/'b').mkdir()
+    assert list(read_images(tmp_path/'parts').problems.query("reason == 'class without images'").path) == ['train/c', 'train/d']  # b has images in train
+
+
+def test_one_class_is_refused_with_the_folder_that_was_meant(tmp_path):
+    "A folder too high gives one class; a pre-training needs no more, and data of several labels may have one."
+    wrapper = image_folder(tmp_path/'wrapper'/'pets', {'a': 12, 'b': 12}).parent
+    noise(wrapper/'__MACOSX'/'x'/'0.png', 1)
+    with pytest.raises(DataError, match="wrapper has one class, 'pets': a classifier needs two. Did you mean .*wrapper/pets?"): make_table(make_config(data=str(wrapper)), progress=False)
+    assert make_table(make_config(data=str(wrapper/'pets')), progress=False).classes == ('a', 'b')
+    with pytest.raises(DataError, match="one class, 'a': a classifier needs two$"): make_table(make_config(data=str(wrapper/'pets'), where='label == 0'), progress=False)
+    write_csv(tmp_path/'sets', 'path,water\na.png,1\nb.png,0\nc.png,1\n')
+    assert make_table(make_config(data=str(tmp_path/'sets'), columns={'labels': ['water']}, loss='asl', select='last'), progress=False).classes == ('water',)
+    for options in ({}, {'unlabelled': True}): assert len(make_table(make_config(data=str(wrapper), pretrain='mae', model='vit_tiny_patch16_224', select='last', pretrain_options=options), progress=False)) >= 24
+
+
 class Backwards(list):
     "What os.scandir gives, in another order."
     def __enter__(self): return self

@@ -22,7 +22,7 @@ from .decode import MAX_PIXELS, BadImage, check_whole, open_image
 from .table import READ_ERRORS, ImageTable, read_bytes
 
 # %% ../../nbs/data/scan.ipynb #1ec37920
-SUFFIX_FORMATS = {'.jpg': ('JPEG', 'MPO'), '.jpeg': ('JPEG', 'MPO'), '.png': ('PNG',), '.gif': ('GIF',), '.webp': ('WEBP',), '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',), '.ppm': ('PPM',)}
+SUFFIX_FORMATS = {'.jpg': ('JPEG', 'MPO'), '.jpeg': ('JPEG', 'MPO'), '.jfif': ('JPEG', 'MPO'), '.png': ('PNG',), '.gif': ('GIF',), '.webp': ('WEBP',), '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',), '.ppm': ('PPM',)}
 SCAN_COLUMNS = ['width', 'height', 'mode', 'format', 'bytes', 'sha1', 'reason', 'detail']
 
 # %% ../../nbs/data/scan.ipynb #b6146139
