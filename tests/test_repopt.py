@@ -67,10 +67,12 @@ def test_block_with_branches(index):
     assert all(torch.allclose(a, b) for a, b in zip(results[0][1], results[1][1]))
 
 
-@pytest.mark.parametrize('name', [name for name, (variant, mode) in repopt.NAMES.items() if mode != 'repvgg' and variant in ('a0', 'n1', 'n3', 'n4', 'm0', 's0')])
+AS_THEY_ARE = ('a0', 'n1', 'n3', 'n4', 'm0', 's0')  # the others are too large for a quick test, and are made narrow
+
+@pytest.mark.parametrize('name', [name for name, (variant, mode) in repopt.NAMES.items() if mode != 'repvgg'])
 def test_every_mode_folds(name):
     torch.manual_seed(0)
-    model = zoo.make_model(name, 11).double()
+    model = zoo.make_model(name, 11, **{} if repopt.NAMES[name][0] in AS_THEY_ARE else {'widths': (0.125,) * 4}).double()
     for block in repopt_blocks(model): [nn.init.uniform_(s, -1.5, 1.5) for s in block.scales() if s is not None]
     check_folded(shaken(model), 1e-9)
 
@@ -138,6 +140,33 @@ def test_scales_that_do_not_fit_change_nothing(scales):
         before = {n: v.clone() for n, v in model.state_dict().items()}
         with pytest.raises(ConfigError, match=message): apply_scales(model, wrong)
         assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_scales_for_a_target_with_gammas(scales):
+    "Refused, and nothing is changed; a search is not a target, and kernels that have begun keep their BN."
+    for kind in ('stem', 'stages.2.4'):
+        model = zoo.make_model('repopt_n1', 3)
+        model.get_submodule(f'backbone.{kind}').bn.weight.data[5] = 0.3
+        before = {n: v.clone() for n, v in model.state_dict().items()}
+        with pytest.raises(ConfigError, match=f'those of backbone.{kind} lie from 0.3 to 1'): apply_scales(model, scales)
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+        apply_scales(model, scales, kernels=False)
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items() if '.scale_' not in n) and torch.equal(model.backbone.stem.scale_conv.weight, scales['stage0.scale_conv.weight'])
+    search = zoo.make_model('repopt_n1_hs', 3)
+    search.backbone.stem.bn.weight.data.fill_(0.3)
+    apply_scales(search, scales)
+
+
+@pytest.mark.parametrize('setting', ['start', 'pretrained'])
+def test_a_target_that_has_begun_goes_on_from_its_weights(home, tmp_path, setting):
+    "Its gammas are not 1 any more, and its kernels are not merged with branches a second time."
+    from aaai_lt.training.checkpoint import tensor_bytes
+    torch.manual_seed(0)
+    done = shaken(zoo.make_model('repopt_n1', 10)).float()
+    (tmp_path/'done.safetensors').write_bytes(tensor_bytes(done.state_dict()))
+    config = make_config(name='x', data='digits', **TARGET | {setting: str(tmp_path/'done.safetensors')})
+    model = loop.starting_model(config, loop.prepare(config, False), fresh=True)
+    assert all(torch.equal(p, done.state_dict()[n]) for n, p in model.named_parameters() if n.startswith('backbone.') and '.scale_' not in n)
 
 
 @pytest.mark.parametrize('wrong, message', [

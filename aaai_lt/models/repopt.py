@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MODES', 'VARIANTS', 'NAMES', 'default_cfgs', 'MEANING', 'SCALE', 'merge_kernel', 'initial_scale', 'Scale',
            'kernel_multiplier', 'RepOptBlock', 'repopt_blocks', 'replace_blocks', 'create_repopt', 'released_name',
-           'extract_scales', 'save_scales', 'read_scales', 'check_scales', 'apply_scales', 'multiply_updates']
+           'extract_scales', 'save_scales', 'read_scales', 'check_scales', 'check_gammas', 'apply_scales',
+           'multiply_updates']
 
 # %% ../../nbs/models/repopt.ipynb #d14ece23
 import re
@@ -207,16 +208,26 @@ def check_scales(
         raise ConfigError(f'the scales do not fit: {len(scales)} vectors for {blocks[0]} blocks are given, the model has {len(own)} for {blocks[1]}; it {f"needs {needed[0]}" if needed else f"has no {next(n for n in scales if n not in own)}"}')
     if wrong := next((n for n in own if scales[n].shape != own[n].shape), None): raise ConfigError(f'the scales do not fit: {wrong} has {len(scales[wrong])} values, the block {len(own[wrong])} channels')
 
+# %% ../../nbs/models/repopt.ipynb #f9324306
+def check_gammas(
+    model: nn.Module,  # its blocks in mode target are looked at
+) -> None:
+    "Raises ConfigError if a target's BN multiplies by something else than 1: its kernels would begin elsewhere than the branches (the authors' sanity check)."
+    for name, block in model.named_modules():
+        if isinstance(block, RepOptBlock) and block.mode == 'target' and not (block.bn.weight == 1).all():
+            raise ConfigError(f'scales are for a fresh target, whose BN gammas are all 1; those of {name} lie from {block.bn.weight.min():g} to {block.bn.weight.max():g}. Leave the BN as it is made; of a network that has begun already (start, pretrained) the kernels are left alone: kernels=False')
+
 # %% ../../nbs/models/repopt.ipynb #e2317735
 def apply_scales(
     model: nn.Module,  # fresh, in mode target, csla or hs
     scales: dict,  # from `read_scales` or `extract_scales`; None: the initial ones, as if the search had found nothing
     kernels: bool = True,  # False: the model's kernels have begun already
 ) -> None:
-    "Give a model its scales, and a target's kernels their beginning: scale_conv · its own + scale_1x1 · a fresh 1 × 1 kernel + the identity. Raises ConfigError if they do not fit."
+    "Give a model its scales, and a target's kernels their beginning: scale_conv · its own + scale_1x1 · a fresh 1 × 1 kernel + the identity. Raises ConfigError if they do not fit, or a target to be begun is not fresh."
     own = extract_scales(model.state_dict())
     scales = own if scales is None else scales
     check_scales(scales, own)
+    if kernels: check_gammas(model)
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if found := released_name(name): value.copy_(scales[found])

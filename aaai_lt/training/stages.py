@@ -119,7 +119,7 @@ def begin(
 ) -> None:
     "Give a fresh model the weights and scales that its settings name. Raises ConfigError if they do not fit."
     if config.start: load_weights(model, weights_file(config.start, 'start'), allow_missing=('head.',), ignore=('decoder.',) if config.start_head else ('decoder.', 'head.'), resample=True)
-    if config.scales not in ('', 'none'): apply_scales(model.backbone, find_scales(config.scales), kernels=not config.start)
+    if config.scales not in ('', 'none'): apply_scales(model.backbone, find_scales(config.scales), kernels=not (config.start or config.pretrained))
 
 # %% ../../nbs/training/stages.ipynb #2c8b7384
 def prior_of(
