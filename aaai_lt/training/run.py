@@ -45,7 +45,7 @@ class Run:
     @property
     def summary(self) -> dict: return json.loads((self.folder/'summary.json').read_text(encoding='utf-8'))
     @property
-    def per_class(self) -> pd.DataFrame: return pd.read_csv(self.folder/'per_class.csv', dtype={'class': str}, keep_default_na=True)
+    def per_class(self) -> pd.DataFrame: return pd.read_csv(self.folder/'per_class.csv', dtype={'class': str}, keep_default_na=False, na_values=[''])  # a class may be called NA
     @property
     def problems(self) -> pd.DataFrame: return pd.read_csv(self.folder/'problems.csv', keep_default_na=False)
     @property
