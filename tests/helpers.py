@@ -54,6 +54,32 @@ def launched(*words):
     return main(list(words))
 
 
+def launched_and_told(operation, place, *words):
+    "The same, told twice to stop in the middle of a save, by an operation of the disk on that place."
+    import signal
+    from aaai_lt.core import Disk
+    from aaai_lt.training import checkpoint
+    class Told(Disk):
+        def tell(self, path):
+            if place in str(path): os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)
+        def write(self, path, data):
+            if operation == 'write': self.tell(path)
+            super().write(path, data)
+        def rename(self, old, new):
+            if operation == 'rename': self.tell(new)
+            super().rename(old, new)
+    checkpoint.DISK = Told()
+    return launched(*words)
+
+
+def launched_slowly(seconds, *words):
+    "The same, with so many seconds for each image that is decoded."
+    from aaai_lt.data import pixels
+    decode = pixels.to_square
+    pixels.to_square = lambda *arguments: (time.sleep(seconds), decode(*arguments))[1]
+    return launched(*words)
+
+
 def noise(path, seed, size=(40, 30)):
     "An image that no other seed gives."
     path.parent.mkdir(parents=True, exist_ok=True)

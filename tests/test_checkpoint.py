@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_written_anew(tmp_path):
     check_holds(tmp_path, (OLD,))
 
 
-def test_saving_over_what_is_loaded(tmp_path):
+def check_saving_over_what_is_loaded(tmp_path):
     "What was loaded stays right while later saves remove its files; a committed step is never touched again."
     two_saved(tmp_path)
     (_, first, _), (_, second, _) = checkpoint.load_checkpoint(tmp_path), checkpoint.load_checkpoint(tmp_path)
@@ -272,6 +272,9 @@ def test_saving_over_what_is_loaded(tmp_path):
     assert not (tmp_path/f'step-{OLD:08}').exists()
     assert torch.equal(second['model.weight'], tensors_of(OLD)['model.weight']) and torch.equal(first['model.weight'], second['model.weight'] + 1)
     check_holds(tmp_path, (50,))
+
+
+def test_saving_over_what_is_loaded(tmp_path): check_saving_over_what_is_loaded(tmp_path)
 
 
 def test_two_are_kept(tmp_path):
@@ -435,10 +438,14 @@ def test_unaltered_state_is_restored(trained, tmp_path):
 VALUES = ('step', 'epoch', 'totals', 'history', 'best', 'seconds', 'skipped', 'optimizer', 'config', 'data', 'scaler')
 
 
-@pytest.mark.parametrize('name', VALUES)
-def test_missing_value(trained, tmp_path, name):
+def check_missing_value(trained, tmp_path, name):
+    "A checkpoint that lacks a value of the run's state is not continued, and the error names it."
     trainer = altered(trained, tmp_path/'run', lambda tensors, values: values.pop(name))
     with pytest.raises(StorageError, match=name): loop.restore(trainer)
+
+
+@pytest.mark.parametrize('name', VALUES)
+def test_missing_value(trained, tmp_path, name): check_missing_value(trained, tmp_path, name)
 
 
 def test_values_are_these(trained):

@@ -128,3 +128,26 @@ def test_bad_options_and_a_wrong_file(digits, tmp_path):
     file = export.export_onnx(model, tmp_path/'m.onnx', SIZE)
     with torch.no_grad(): model.head.fc.bias[0] += 1e-2 * model(images).abs().max()
     with pytest.raises(DataError, match='Do not ship it'): export.check_export(export.compare(model, file, images))
+
+
+@pytest.mark.parametrize('location', ['../secret', 'inside/../../secret', 'absolute', 'link'])
+@pytest.mark.parametrize('given', ['file', 'bytes'])
+def test_weights_outside_the_folder_are_not_read(tmp_path, monkeypatch, location, given):
+    "A file that keeps its weights elsewhere: beside it they may lie, above it or behind a link they are not read."
+    import onnx
+    folder, values = tmp_path/'model', np.arange(4, dtype='float32')
+    (folder/'inside').mkdir(parents=True)
+    for place in (tmp_path/'secret', folder/'inside'/'own'): values.tofile(place)
+    (folder/'link').symlink_to(tmp_path/'secret')
+    monkeypatch.chdir(folder)  # for a model without a file of its own
+    def model(at):
+        weights = onnx.TensorProto(name='w', data_type=onnx.TensorProto.FLOAT, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+        for key, value in {'location': at, 'length': '16'}.items(): weights.external_data.add(key=key, value=value)
+        ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in 'xy']
+        graph = onnx.helper.make_graph([onnx.helper.make_node('Add', ['x', 'w'], ['y'])], 'sum', ports[:1], ports[1:], [weights])
+        return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 17)], ir_version=9).SerializeToString()
+    file = folder/'model.onnx'
+    file.write_bytes(model('inside/own'))
+    assert (export.open_onnx(file).run(None, {'x': values})[0] == 2 * values).all()
+    file.write_bytes(model(str(tmp_path/'secret') if location == 'absolute' else location))
+    with pytest.raises(Exception, match='External data path validation failed'): export.open_onnx(file if given == 'file' else file.read_bytes())

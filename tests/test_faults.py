@@ -15,12 +15,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import Child, check_same_run, content, image_folder, launched
+from helpers import Child, check_same_run, content, image_folder, launched, launched_and_told, launched_slowly
 
 from aaai_lt.core import ConfigError, DataError, DivergedError, Stopped, StorageError
+from aaai_lt.ensemble.soup import member_files, read_member
+from aaai_lt.hardware.export import shipped_model
 from aaai_lt.training import checkpoint, launch, loop, run
 from aaai_lt.training.config import make_config
+from aaai_lt.training.evaluate import run_model
 from aaai_lt.training.prepare import prepare
+from aaai_lt.training.stages import weights_file
 
 # A loss with state, a moving average, dropout and checkpoints in the middle of an epoch: 10 steps in each of 3 epochs.
 SETTINGS = {'name': 'run', 'model': 'test_resnet', 'input_size': 32, 'batch_size': 32, 'epochs': 3, 'lr': 2e-3, 'warmup_epochs': 0.5, 'loss': 'eqlv2', 'head_options': {'dropout': 0.2}, 'ema': 0.5, 'save_every': 2, 'select': 'balanced_accuracy', 'device': 'cpu'}
@@ -125,6 +129,57 @@ def test_signal(warm, reference, number):
     again = Child(warm, launched, *COMMAND)
     assert again.wait() == 0 and f'continuing run at step {step}' in again.text()
     check_same_run(folder, reference)
+
+
+def check_told_to_stop(home, command, monkeypatch):
+    "SIGTERM in the fourth step of this process: that step is saved, and the exit code is 75."
+    step = loop.train_step
+    def told(trainer, window):
+        step(trainer, window)
+        if trainer.step == 4: os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, 'train_step', told)
+        code, said = command(*COMMAND, 'save_every=0', 'epochs=1')
+    assert code == 75 and 'stopped at step 4 of 10, saved' in said
+    assert [place.name for place in checkpoint.checkpoints(home/'outputs'/'run'/'checkpoint')] == ['step-00000004']
+
+
+def test_told_to_stop(warm, command, monkeypatch): check_told_to_stop(warm, command, monkeypatch)
+
+
+@pytest.mark.parametrize('operation', ['write', 'rename'])
+def test_signal_during_a_save(warm, reference, operation):
+    "Told twice while step 4 is being written: that checkpoint becomes whole, the exit code is 75, and the same command goes on."
+    folder, child = warm/'outputs'/'run', Child(warm, launched_and_told, operation, 'step-00000004', *COMMAND)
+    assert child.wait() == 75 and 'Stopped: stopped at step 5' in child.text(), child.text()
+    assert [place.name for place in checkpoint.checkpoints(folder/'checkpoint')] == ['step-00000005', 'step-00000004']
+    assert all(map(checkpoint.is_whole, checkpoint.checkpoints(folder/'checkpoint'))) and not list(folder.rglob('*.tmp'))
+    train()
+    check_same_run(folder, reference)
+
+
+@pytest.mark.parametrize('signals', [1, 2])
+def test_signal_before_the_first_step(home, signals):
+    "While images are decoded, which would take half a minute: answered before that is done, with the half-built store cleared away."
+    stores, child = home/'data'/'cache'/'pixels', Child(home, launched_slowly, 0.02, *COMMAND, 'workers=1')
+    child.wait_for(lambda: list(stores.glob('*.tmp')))
+    for _ in range(signals): os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 75 and 'Stopped: stopped before the first step' in child.text(), child.text()
+    assert not list(stores.iterdir()) and not (home/'outputs').exists()
+
+
+def test_said_before_it_takes_long(home):
+    "What is read, and how large what is decoded will be; decoded only once. Without somebody to tell it nothing is printed."
+    folder = image_folder(home/'set', {'x': 24, 'y': 16})
+    config = make_config(data=str(folder), input_size=32)
+    said = []
+    for _ in range(2): prepare(config, False, said.append)
+    assert said == [f'reading {folder}', 'decoding 40 images to 32 px (0.1 MB)', f'reading {folder}']
+
+
+def test_nothing_is_said_unasked(home, capsys):
+    prepare(make_config(data=str(image_folder(home/'set', {'x': 24, 'y': 16})), input_size=32), False)
+    assert capsys.readouterr() == ('', '')
 
 
 def test_command_line_in_another_place(home, reference, tmp_path):
@@ -290,6 +345,87 @@ def test_changed_data(home):
     assert not changed, f'{changed} were written over'
 
 
+# -- the chosen weights
+
+DAMAGE = {
+    'flipped': lambda file: file.write_bytes((data := file.read_bytes())[:-9] + bytes([data[-9] ^ 1]) + data[-8:]),
+    'cut': lambda file: file.write_bytes(file.read_bytes()[:-4]),
+    'lost': lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_damaged_weights_are_not_used(home, reference, damage):
+    "Whoever reads a finished run's weights: evaluation, export, a soup, another run that begins with them."
+    folder = changed_run(reference, home)
+    done = run.Run(folder)
+    readers = [lambda: run_model(done), lambda: shipped_model(done), lambda: read_member(member_files([done])[0]), lambda: weights_file('run', 'start')]
+    for read in readers: read()
+    DAMAGE[damage](folder/'best.safetensors')
+    for read in readers:
+        with pytest.raises(StorageError, match='best.safetensors is (damaged|missing)'): read()
+
+
+def check_weights_of_the_end(home, command, monkeypatch):
+    "The summary is still to be written, and the weights of the first epoch, which was the best, are not what was written: no result is made of others."
+    folder, kind = home/'outputs'/'run', loop.KINDS[False]
+    values = iter([0.9, *[0.1] * 20])
+    with monkeypatch.context() as patch:
+        patch.setitem(loop.KINDS, False, dataclasses.replace(kind, summarise=lambda *arguments: kind.summarise(*arguments) | {'balanced_accuracy': next(values)}))
+        assert train(epochs=2).summary['best_epoch'] == 1
+    whole = (folder/'best.safetensors').read_bytes()
+    for name, damage in DAMAGE.items():
+        (folder/'summary.json').unlink(missing_ok=True)
+        (folder/'best.safetensors').write_bytes(whole)
+        damage(folder/'best.safetensors')
+        code, said = command(*COMMAND, 'epochs=2')
+        assert code == 5 and 'best.safetensors is ' + ('missing' if name == 'lost' else 'damaged') in said and not run.Run(folder).finished
+    (folder/'best.safetensors').write_bytes(whole)
+    assert command(*COMMAND, 'epochs=2')[0] == 0
+
+
+def test_damaged_weights_do_not_finish_a_run(warm, command, monkeypatch): check_weights_of_the_end(warm, command, monkeypatch)
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_weights_that_the_last_checkpoint_has_are_mended(warm, reference, damage):
+    folder, said = changed_run(reference, warm), []
+    assert run.Run(folder).summary['best_epoch'] == 3
+    (folder/'summary.json').unlink()
+    DAMAGE[damage](folder/'best.safetensors')
+    train(say=said.append)
+    assert any('written again from its checkpoint' in text for text in said)
+    check_same_run(folder, reference)
+
+
+def test_weights_of_older_versions(home, reference):
+    "A run without the note in its summary has it with its predictions; without those it is taken as it is."
+    folder = changed_run(reference, home)
+    summary = json.loads((folder/'summary.json').read_text())
+    summary.pop('weights_sha256')
+    (folder/'summary.json').write_text(json.dumps(summary))
+    run_model(run.Run(folder))
+    DAMAGE['flipped'](folder/'best.safetensors')
+    with pytest.raises(StorageError, match='is damaged'): run_model(run.Run(folder))
+    shutil.rmtree(folder/'predictions')
+    run_model(run.Run(folder))
+
+
+@pytest.mark.parametrize('steps', [10, 20])
+def test_death_between_checkpoint_and_weights(warm, reference, monkeypatch, steps):
+    "Dead when the checkpoint of an epoch is there, and the weights that it chose are not: they are in it."
+    def dead(path, data, write=loop.write_file):
+        if path.name == 'best.safetensors' and newest(path.parent).name == f'step-{steps:08}': raise KeyboardInterrupt
+        write(path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, 'write_file', dead)
+        with pytest.raises(KeyboardInterrupt): train()
+    said = []
+    train(say=said.append)
+    assert any('written again from its checkpoint' in text for text in said)
+    check_same_run(warm/'outputs'/'run', reference)
+
+
 # -- two at once
 
 def check_lock(folder):
@@ -336,7 +472,7 @@ def test_stale_lock_is_taken_over(warm, reference):
     child.kill()
     said = []
     train(say=said.append)
-    assert said[0].startswith(f'taking over the lock of process {child.pid} on')
+    assert any(text.startswith(f'taking over the lock of process {child.pid} on') for text in said)
     check_same_run(warm/'outputs'/'run', reference)
 
 
@@ -453,7 +589,11 @@ def command(home, capsys):
     (['name=a/b'], 'without slashes'), (['name=..'], 'without slashes'), (['data='], 'data is not set'), (['store_size=16', 'input_size=32'], 'smaller than'), (['lr=!!python/object:os.system x'], 'cannot be read'),
     (['precision=fp16', 'device=cpu', 'epochs=1', 'model=test_resnet'], 'fp16'), (['lr={a: [}'], 'cannot be read'),
 ])
-def test_exit_2(home, command, words, message):
+def test_exit_2(home, command, words, message): check_refused(home, command, words, message)
+
+
+def check_refused(home, command, words, message):
+    "One line that says what is wrong, exit code 2, and nothing is written."
     code, said = command(*words)
     assert code == 2 and said.startswith('ConfigError: ') and message in said and said.count('\n') == 1
     assert not (home/'outputs').exists()

@@ -14,7 +14,7 @@ from conftest import ROOT
 from helpers import Child, content, image_folder
 
 from aaai_lt.challenge.ladder import SETTINGS, climb, key_of, ladder_settings, over_seeds, read_parts, rung_table, stage, sweep_stages
-from aaai_lt.core import ConfigError, DataError, recipe
+from aaai_lt.core import ConfigError, DataError, StorageError, recipe
 from aaai_lt.training.config import BUILTIN_SETTINGS
 
 TINY = {'name': 't', 'data': 'digits', 'common': {'model': 'repvgg_s0', 'epochs': 1, 'warmup_epochs': 0.5, 'input_size': 16, 'store_size': 16, 'lr': 0.004, 'device': 'cpu'},
@@ -123,8 +123,11 @@ def test_a_change_makes_again_what_depends_on_it(copied, whole, change, remade):
 
 
 def test_weights_that_were_changed_by_hand_are_noticed(copied, whole):
-    "A stage is what its files are, not what its settings say: the answers of other weights are other answers."
-    shutil.copyfile(copied/'outputs'/'t-a1-two'/'best.safetensors', copied/'outputs'/'t-b1-two'/'best.safetensors')
+    "A stage is what its files are, not what its settings say: weights that the run has not noted are refused, and the answers of other weights are other answers."
+    one, two = copied/'outputs'/'t-a1-two', copied/'outputs'/'t-b1-two'
+    shutil.copyfile(one/'best.safetensors', two/'best.safetensors')
+    with pytest.raises(StorageError, match='t-b1-two/best.safetensors is damaged'): climbed(TINY)
+    shutil.copyfile(one/'summary.json', two/'summary.json')
     climbed(TINY)
     assert [name for name, key in keys(copied).items() if key != keys(whole)[name]] == ['blend', 'redistribute']
 

@@ -7,10 +7,13 @@ import test_checkpoint
 import test_data
 import test_faults
 from PIL import ImageFile
+from test_checkpoint import trained  # a fixture
+from test_faults import command  # a fixture
 
-from aaai_lt.core import StorageError
+from aaai_lt.core import Stopped, StorageError
 from aaai_lt.data import augment, scan
-from aaai_lt.training import checkpoint, loop
+from aaai_lt.training import checkpoint, launch, loop
+from aaai_lt.training.config import Config, make_config
 
 
 @contextmanager
@@ -114,3 +117,33 @@ def test_no_lock(home, monkeypatch):
 def test_lock_that_holds_nobody_off(tmp_path, monkeypatch):
     monkeypatch.setattr('fcntl.flock', lambda file, how: None)
     with found(): test_faults.check_lock(tmp_path/'run')
+
+
+def test_missing_state_accepted(trained, tmp_path, monkeypatch):
+    "A restore that goes on with the fresh value of what a checkpoint lacks."
+    monkeypatch.setattr(loop, 'check_same_run', lambda trainer, step, values: [values.setdefault(name, getattr(trainer, name)) for name in loop.COUNTERS])
+    with found(): test_checkpoint.check_missing_value(trained, tmp_path, 'totals')
+
+
+def test_unknown_setting_accepted(home, command, monkeypatch):
+    monkeypatch.setattr(launch, 'make_config', lambda **settings: make_config(**{name: value for name, value in settings.items() if hasattr(Config, name)}))
+    monkeypatch.setattr(loop, 'train', lambda *arguments, **options: None)  # which would take its time
+    with found(): test_faults.check_refused(home, command, ['epoch=3'], 'unknown setting')
+
+
+@pytest.mark.parametrize('fault', ['exit code 0', 'nothing saved'])
+def test_stopped_in_the_wrong_way(home, command, monkeypatch, fault):
+    if fault == 'exit code 0': monkeypatch.setattr(Stopped, 'exit_code', 0)
+    else: monkeypatch.setattr(loop, 'save', lambda trainer, disk=None: None)
+    with found(): test_faults.check_told_to_stop(home, command, monkeypatch)
+
+
+def test_committed_step_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'is_whole', lambda place: False)
+    with found(): test_checkpoint.check_saving_over_what_is_loaded(tmp_path)
+
+
+def test_unchecked_weights(home, command, monkeypatch):
+    "A run whose best weights are taken as they lie there."
+    monkeypatch.setattr(loop, 'chosen_weights', lambda folder: folder/'best.safetensors')
+    with found(): test_faults.check_weights_of_the_end(home, command, monkeypatch)

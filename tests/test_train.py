@@ -8,10 +8,12 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from conftest import ROOT
 
 SHORT = ['-p', 'epochs', '2', '-p', 'warmup_epochs', '0.5']
+TINY = ['-p', 'model', 'test_resnet', '-p', 'input_size', '32', '-p', 'epochs', '8']
 
 
 def papermill(home, notebook, *words, wait=True):
@@ -22,6 +24,16 @@ def papermill(home, notebook, *words, wait=True):
     if not wait: return process
     output, _ = process.communicate(timeout=280)
     return process.returncode, output
+
+
+def kernel_of(process):
+    "The kernel that a papermill has started, as a psutil.Process."
+    return next(child for child in psutil.Process(process.pid).children() if 'ipykernel_launcher' in child.cmdline())
+
+
+def wait_for_checkpoint(process, folder):
+    deadline = time.time() + 200
+    while not len(list((folder/'checkpoint').glob('step-*[0-9]'))) and time.time() < deadline and process.poll() is None: time.sleep(0.05)
 
 
 def report(home):
@@ -60,10 +72,10 @@ def test_a_killed_notebook_goes_on_to_the_same_weights(home, tmp_path_factory):
     from aaai_lt.training.loop import train
     import torch
     process = papermill(home, 'train.ipynb', '-p', 'name', 'killed', '-p', 'epochs', '6', wait=False)
-    deadline = time.time() + 200
-    while not len(list((home/'outputs'/'killed'/'checkpoint').glob('step-*[0-9]'))) and time.time() < deadline and process.poll() is None: time.sleep(0.05)
+    wait_for_checkpoint(process, home/'outputs'/'killed')
+    kernel = kernel_of(process)
     os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(['pkill', '-9', '-f', str(home)], check=False)  # the kernel has a process group of its own
+    kernel.kill()  # it has a process group of its own
     process.wait()
     done = json.loads((sorted((home/'outputs'/'killed'/'checkpoint').glob('step-*[0-9]'))[-1]/'state.json').read_text())
     assert 0 < done['step'] < 30, 'the kill came too late to show anything'
@@ -77,6 +89,20 @@ def test_a_killed_notebook_goes_on_to_the_same_weights(home, tmp_path_factory):
     script = 'from aaai_lt.training.config import make_config; from aaai_lt.training.loop import train; train(make_config(name="whole", epochs=6))'
     subprocess.run([sys.executable, '-c', script], env=os.environ | {'AAAI_LT_HOME': str(other), 'OMP_NUM_THREADS': '1'}, cwd=other, check=True, capture_output=True)
     assert (home/'outputs'/'killed'/'best.safetensors').read_bytes() == (other/'outputs'/'whole'/'best.safetensors').read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_kernel_ends_papermill(home):
+    "The kernel alone is killed, as by a machine that is out of memory: papermill does not wait for ever, what had run is kept, and the same command goes on."
+    process = papermill(home, 'train.ipynb', '-p', 'name', 'mine', *TINY, wait=False)
+    wait_for_checkpoint(process, home/'outputs'/'mine')
+    kernel_of(process).kill()
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode > 0 and 'Kernel died' in output, output[-3000:]
+    assert 'balanced_softmax' in report(home) and not (home/'outputs'/'mine'/'summary.json').exists()
+    code, output = papermill(home, 'train.ipynb', '-p', 'name', 'mine', *TINY)
+    assert code == 0, output[-3000:]
+    assert 'continuing mine' in report(home) and 'finished: test' in report(home)
 
 
 def test_mistakes_under_papermill_are_exit_1_with_the_reason(home):

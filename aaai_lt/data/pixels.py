@@ -160,6 +160,7 @@ def build_store(
     bad_images: str = 'quarantine',
     workers: int = 0,
     progress: bool = True,
+    say=None,  # where a line goes before anything is decoded
 ) -> tuple:  # (PixelStore, the table without images that could not be decoded)
     "The store of a table's images: opened if it is there, else built. Raises DataError, StorageError."
     folder = Path(folder or root()/'data'/'cache'/'pixels')
@@ -169,6 +170,7 @@ def build_store(
     place = folder/store_key(unique, size, how, max_pixels)
     if not place.exists():
         check_room(folder, store_bytes(len(unique), size))
+        if say: say(f'decoding {len(unique):,} images to {size} px ({store_bytes(len(unique), size) / 1e6:,.1f} MB)')
         with whole_folder(place) as beside:
             bad = write_store(table, unique, size, how, max_pixels, beside, workers, progress)
             write_json(beside/'meta.json', {'version': STORE_VERSION, 'size': size, 'how': how, 'paths': list(unique.path), 'bad': bad})

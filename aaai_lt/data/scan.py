@@ -53,7 +53,8 @@ def in_parallel(
     "The function's results in the order of the items, computed by threads (Pillow and hashing release the interpreter)."
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # our own limit speaks for itself
-        return list(tqdm(pool.map(function, items), total=len(items), desc=label, disable=not progress, mininterval=1.0, leave=False))
+        try: return list(tqdm(pool.map(function, items), total=len(items), desc=label, disable=not progress, mininterval=1.0, leave=False))
+        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise  # what has not begun is left, so that whoever stops this need not wait for all of it
 
 # %% ../../nbs/data/scan.ipynb #0c7090c0
 def copy_problems(

@@ -19,7 +19,7 @@ from torch import nn
 from ..core import ConfigError, root, write_file
 from ..data.augment import augment_batch, augment_options, draws
 from ..models.weights import read_tensors
-from ..training.checkpoint import checkpoints, tensor_bytes, unpack
+from ..training.checkpoint import checkpoints, chosen_weights, read_checkpoint, tensor_bytes, unpack
 from ..training.evaluate import adopt_weights, as_predictions, per_class_of, predict_images, run_data, run_model
 from ..training.loop import epoch_order
 from ..training.metrics import summarise
@@ -38,16 +38,17 @@ def member_files(
         inside = [*sorted(place.glob('*.safetensors')), *sorted(place.glob('*.pth')), *(c/'tensors.safetensors' for c in reversed(checkpoints(place)))] if place and place.is_dir() and not (place/'config.yaml').is_file() else []
         files += [place] if place and place.is_file() else inside or [load_run(member).folder/'best.safetensors']
     if twice := next((f for f in files if files.count(f) > 1), None): raise ConfigError(f'{twice} is named twice')
-    if missing := next((f for f in files if not f.is_file()), None): raise ConfigError(f'{missing.parent.name} has no {missing.name}: it is not finished')
+    if missing := next((f for f in files if not f.is_file() and not Run(f.parent).finished), None): raise ConfigError(f'{missing.parent.name} has no {missing.name}: it is not finished')
     return files
 
 # %% ../../nbs/ensemble/soup.ipynb #650d9f6f
 def read_member(
     file: Path,
 ) -> dict:  # name -> Tensor
-    "The weights in a file: of a checkpoint the averaged ones if it has them, else the model's. Raises ConfigError."
-    state = read_tensors(file)
-    return (unpack('ema', state) or unpack('model', state)) if file.name == 'tensors.safetensors' else state
+    "The weights in a file: of a checkpoint the averaged ones if it has them, else the model's. Raises ConfigError, StorageError if they are damaged."
+    if file.name != 'tensors.safetensors': return read_tensors(chosen_weights(file.parent) if file.name == 'best.safetensors' else file)
+    _, state, _ = read_checkpoint(file.parent)
+    return unpack('ema', state) or unpack('model', state)
 
 # %% ../../nbs/ensemble/soup.ipynb #efe47ae7
 def check_shapes(

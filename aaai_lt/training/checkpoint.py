@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_VERSION', 'FILES', 'MAX_HEADER', 'tensor_bytes', 'checkpoints', 'commit_folder', 'clear_place', 'is_whole',
-           'save_checkpoint', 'read_checked', 'read_manifest', 'read_checkpoint', 'load_checkpoint', 'pack', 'unpack',
-           'pack_optimizer', 'check_shapes', 'unpack_optimizer']
+           'save_checkpoint', 'read_checked', 'read_manifest', 'read_checkpoint', 'load_checkpoint', 'read_note',
+           'noted_weights', 'chosen_weights', 'pack', 'unpack', 'pack_optimizer', 'check_shapes', 'unpack_optimizer']
 
 # %% ../../nbs/training/checkpoint.ipynb #6067b1b2
 import hashlib
@@ -151,6 +151,31 @@ def load_checkpoint(
             return found
     if refused: raise StorageError(5, f'no checkpoint in {folder} is whole ({"; ".join(refused)}). Restore one from a backup, or start anew with overwrite=True')
     return None
+
+# %% ../../nbs/training/checkpoint.ipynb #91892340
+def read_note(file: Path) -> dict:
+    "The JSON in a file; nothing if there is none."
+    try: return json.loads(file.read_bytes())
+    except (OSError, ValueError): return {}
+
+def noted_weights(
+    folder: Path,  # a run's
+) -> str:
+    "The SHA-256 of a run's chosen weights as it was noted: by a finished run in its summary or with its predictions, else in its newest checkpoint. Empty if nowhere."
+    finished = (folder/'summary.json').is_file()
+    notes = [folder/'summary.json', *sorted((folder/'predictions').glob('*/meta.json'))] if finished else [c/'state.json' for c in checkpoints(folder/'checkpoint')]
+    found = [read_note(file) for file in notes]
+    return next(filter(None, (note.get('weights_sha256') if finished else note.get('best', {}).get('sha256') for note in found)), '')
+
+# %% ../../nbs/training/checkpoint.ipynb #d8409559
+def chosen_weights(
+    folder: Path,  # a run's
+) -> Path:
+    "A run's best.safetensors, which is what was noted. Raises StorageError naming file and reason."
+    file, noted = Path(folder)/'best.safetensors', noted_weights(Path(folder))
+    if not file.is_file(): raise StorageError(5, f'{file} is missing: ' + ('restore it from a backup' if noted else 'a run has no weights before the end of its first epoch'))
+    if noted and hashlib.sha256(file.read_bytes()).hexdigest() != noted: raise StorageError(5, f'{file} is damaged: its SHA-256 is not the one noted when it was written. Restore it from a backup; weights from elsewhere are taken in by adopt_weights')
+    return file
 
 # %% ../../nbs/training/checkpoint.ipynb #a1ae946d
 def pack(

@@ -33,7 +33,7 @@ from ..losses.factory import LOSSES
 from ..losses.longtail import prior_offset
 from ..models.tta import TTA
 from ..models.zoo import Classifier, load_weights, memory_format
-from .checkpoint import tensor_bytes
+from .checkpoint import chosen_weights, tensor_bytes
 from .config import assigned_names, check_type, make_config, quick_config, read_settings, run_name
 from .loop import train
 from .kinds import KINDS
@@ -64,11 +64,11 @@ def run_model(
     input_size: int = 0,  # 0: the run's
     weights='',  # a file of weights instead of the run's own
 ) -> Classifier:  # on the CPU, in eval mode
-    "The chosen weights of a run in its model. Raises ConfigError if they do not fit."
+    "The chosen weights of a run in its model. Raises ConfigError if they do not fit, StorageError if they are not those that were chosen."
     config, data = run.config, run.data
     if config.pretrain: raise ConfigError(f'{run.name} is a pre-training: it has a backbone and no classifier. Train one from it (start={run.name})')
     model = model_of(config, len(data['classes']), data['input_size'])
-    load_weights(model, weights or run.folder/'best.safetensors')
+    load_weights(model, weights or chosen_weights(run.folder))
     model.mean, model.std = tuple(data['mean']), tuple(data['std'])
     if input_size and input_size != data['input_size']: set_input_size(model, input_size)
     return model.eval()
@@ -343,8 +343,8 @@ def write_adopted(run: Run, config, data: Data, model: Classifier, facts: dict) 
         write_start(run.folder, config)
         write_json(run.folder/'data.json', describe_data(data, model))
         write_file(run.folder/'problems.csv', data.table.problems.to_csv(index=False))
-        write_file(run.folder/'best.safetensors', tensor_bytes(model.state_dict()))
-        write_json(run.folder/'summary.json', {'quick': config.quick, 'best_epoch': None, 'epochs': 0, 'seconds': 0.0} | (facts or {}) | judge_run(run, data))
+        write_file(run.folder/'best.safetensors', weights := tensor_bytes(model.state_dict()))
+        write_json(run.folder/'summary.json', {'quick': config.quick, 'best_epoch': None, 'epochs': 0, 'seconds': 0.0, 'weights_sha256': hashlib.sha256(weights).hexdigest()} | (facts or {}) | judge_run(run, data))
     return run
 
 # %% ../../nbs/training/evaluate.ipynb #28551a7d

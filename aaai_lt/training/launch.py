@@ -33,11 +33,17 @@ def usage() -> str:
     return '\n'.join(lines)
 
 # %% ../../nbs/training/launch.ipynb #c171b274
-def stop_on_signals() -> list:
-    "From now on SIGTERM and SIGINT only leave a note in the list that is returned."
-    seen = []
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda n, frame: seen.append(n))
-    return seen
+def stop_on_signals():  # -> a function for `train(stop=…)`: whether a signal has come
+    "From now on SIGTERM and SIGINT are heard: the first raises Stopped if what is returned here was never called, which is what training does after each step. Else they are only noted."
+    heard, asked = [], []
+    def hear(number, frame):
+        heard.append(number)
+        if len(heard) == 1 and not asked: raise Stopped('stopped before the first step since this start: nothing was trained yet, and nothing is lost; the same command begins again')
+    def stop():
+        asked[:] = [True]
+        return bool(heard)
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, hear)
+    return stop
 
 # %% ../../nbs/training/launch.ipynb #bffff1ac
 def main(
@@ -47,10 +53,10 @@ def main(
     words = sys.argv[1:] if words is None else list(words)
     if any(w in ('-h', '--help', 'help') for w in words): print(usage()); return 0
     try:
+        stop = stop_on_signals()
         config = make_config(**settings_from(words))
-        seen = stop_on_signals()
         from aaai_lt.training.loop import train
-        train(config, stop=lambda: bool(seen), say=lambda text: print(text, flush=True))
+        train(config, stop=stop, say=lambda text: print(text, flush=True))
     except (ConfigError, DataError, DivergedError, StorageError, Stopped) as error:
         print(f'{type(error).__name__}: {" ".join(str(getattr(error, "strerror", None) or error).split())}', file=sys.stderr, flush=True)
         return error.exit_code

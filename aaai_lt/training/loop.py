@@ -8,11 +8,11 @@ __all__ = ['COUNTERS', 'balanced_order', 'epoch_order', 'epoch_windows', 'layers
            'steps_per_epoch', 'Trainer', 'make_trainer', 'stateful', 'save', 'check_same_run', 'load_tensors',
            'restore', 'load_batch', 'own_part', 'training_images', 'gather_rows', 'batch_loss', 'with_teacher',
            'branch_decay', 'forward_backward', 'pretrain_backward', 'validation_batches', 'pretrain_validation',
-           'finish_pretraining', 'check_finite', 'window_backward', 'move_weights', 'train_step', 'sync_buffers',
-           'mean_loss', 'split_logits', 'predict', 'offset', 'judge', 'interactive', 'with_bar', 'windows_of_epoch',
-           'told_to_stop', 'save_within', 'run_epoch', 'keep_epoch', 'validate', 'choose', 'finish_epoch',
-           'prior_removed_by', 'report_split', 'finish', 'line', 'headline', 'announce', 'start_or_continue',
-           'to_the_end', 'train_one', 'train']
+           'closing_facts', 'finish_pretraining', 'check_finite', 'window_backward', 'move_weights', 'train_step',
+           'sync_buffers', 'mean_loss', 'split_logits', 'predict', 'offset', 'judge', 'interactive', 'with_bar',
+           'windows_of_epoch', 'told_to_stop', 'save_within', 'run_epoch', 'keep_epoch', 'validate', 'choose',
+           'finish_epoch', 'mend_best', 'prior_removed_by', 'report_split', 'finish', 'line', 'headline', 'announce',
+           'start_or_continue', 'to_the_end', 'train_one', 'train']
 
 # %% ../../nbs/training/loop.ipynb #2231576b
 import dataclasses
@@ -42,10 +42,11 @@ from ..losses.longtail import prior_offset, set_progress
 from ..losses.margins import add_margin
 from ..models.repopt import multiply_updates, repopt_blocks
 from ..models.repvgg import custom_l2
+from ..models.weights import read_tensors
 from ..models.zoo import memory_format
 
 # %% ../../nbs/training/loop.ipynb #195d500b
-from .checkpoint import checkpoints, load_checkpoint, pack, pack_optimizer, save_checkpoint, tensor_bytes, unpack, unpack_optimizer
+from .checkpoint import checkpoints, chosen_weights, load_checkpoint, pack, pack_optimizer, save_checkpoint, tensor_bytes, unpack, unpack_optimizer
 from .config import Config, config_hash, make_config, quick_config
 from .kinds import KINDS, Kind, selected
 from .prepare import Data, Split, build_model, describe_data, prepare
@@ -456,6 +457,11 @@ def pretrain_validation(
     if not np.isfinite(loss): raise DivergedError(f'the error in validation is not finite after epoch {trainer.epoch + 1}')
     return {'val_loss': loss}
 
+# %% ../../nbs/training/loop.ipynb #4f3455f0
+def closing_facts(trainer: Trainer) -> dict:
+    "What the summary of every run says of it."
+    return {'quick': trainer.config.quick, 'best_epoch': trainer.best['epoch'], 'epochs': trainer.epoch, 'seconds': round(trainer.seconds, 2), 'weights_sha256': hashlib.sha256((trainer.folder/'best.safetensors').read_bytes()).hexdigest()}
+
 # %% ../../nbs/training/loop.ipynb #eab22b31
 def finish_pretraining(
     trainer: Trainer,
@@ -463,7 +469,7 @@ def finish_pretraining(
     "The summary of a pre-training; with it the run is finished."
     if not trainer.accelerator.is_main_process: return
     last = {name: trainer.history[-1][name] for name in ('train_loss', 'val_loss') if name in trainer.history[-1]}
-    write_json(trainer.folder/'summary.json', {'quick': trainer.config.quick, 'pretrain': trainer.config.pretrain, 'best_epoch': trainer.best['epoch'], 'epochs': trainer.epoch, 'seconds': round(trainer.seconds, 2)} | last)
+    write_json(trainer.folder/'summary.json', closing_facts(trainer) | {'pretrain': trainer.config.pretrain} | last)
 
 # %% ../../nbs/training/loop.ipynb #610b7d83
 def check_finite(
@@ -690,10 +696,23 @@ def finish_epoch(trainer: Trainer) -> None:
     trainer.history.append(row)
     better = choose(trainer, row)
     if not trainer.accelerator.is_main_process: return
-    if better: write_file(trainer.folder/'best.safetensors', tensor_bytes(trainer.judged.state_dict()))
     keep_epoch(trainer)
     write_file(trainer.folder/'history.csv', pd.DataFrame(trainer.history).to_csv(index=False))
+    best = tensor_bytes(trainer.judged.state_dict()) if better else None
+    if better: trainer.best['sha256'] = hashlib.sha256(best).hexdigest()
     save(trainer)
+    if better: write_file(trainer.folder/'best.safetensors', best)  # after the checkpoint, from which `mend_best` can write it again
+
+# %% ../../nbs/training/loop.ipynb #ba48b4cf
+def mend_best(
+    trainer: Trainer,  # restored
+    say=print,
+) -> None:
+    "The chosen weights are written after the checkpoint that notes them. If they are not there as noted, and they are the checkpoint's own, write them again. Raises StorageError."
+    file, noted, weights = trainer.folder/'best.safetensors', trainer.best.get('sha256'), tensor_bytes(trainer.judged.state_dict())
+    if noted != hashlib.sha256(weights).hexdigest() or file.is_file() and file.read_bytes() == weights: return
+    write_file(file, weights)
+    say(f'{file.name} was not the one that step {trainer.step} chose: written again from its checkpoint')
 
 # %% ../../nbs/training/loop.ipynb #e4a600d4
 def prior_removed_by(trainer: Trainer) -> str:
@@ -717,16 +736,14 @@ def report_split(
 
 # %% ../../nbs/training/loop.ipynb #2ab9f68d
 def finish(trainer: Trainer) -> None:
-    "Predictions, per-class table and summary of the chosen weights; with the summary the run is finished."
-    from safetensors.torch import load_file
+    "Predictions, per-class table and summary of the chosen weights; with the summary the run is finished. Raises StorageError if the weights are not those that were chosen."
     trainer.accelerator.wait_for_everyone()
-    trainer.plain.load_state_dict(load_file(trainer.folder/'best.safetensors'))
+    trainer.plain.load_state_dict(read_tensors(chosen_weights(trainer.folder)))
     if trainer.config.pretrain: return finish_pretraining(trainer)
     found = {name: report_split(trainer, name) for name in ('val', 'test') if name in trainer.data.splits}
     if not trainer.accelerator.is_main_process: return
     if found: write_file(trainer.folder/'per_class.csv', pd.concat([table.assign(split=name) for name, (table, _) in found.items()]).to_csv(index=False))
-    summary = {'quick': trainer.config.quick, 'best_epoch': trainer.best['epoch'], 'epochs': trainer.epoch, 'seconds': round(trainer.seconds, 2)}
-    write_json(trainer.folder/'summary.json', summary | {name: facts for name, (_, facts) in found.items()})
+    write_json(trainer.folder/'summary.json', closing_facts(trainer) | {name: facts for name, (_, facts) in found.items()})
 
 # %% ../../nbs/training/loop.ipynb #acde41d6
 def line(row: dict) -> str:
@@ -765,6 +782,7 @@ def start_or_continue(
     if main: sweep_folder(folder)
     trainer.accelerator.wait_for_everyone()
     there = restore(trainer, say)
+    if there and main: mend_best(trainer, say)
     trainer.accelerator.wait_for_everyone()
     if not main: return
     write_start(folder, trainer.config)
@@ -804,7 +822,7 @@ def train_one(
         return run
     accelerator = make_accelerator(config)
     main, say = accelerator.is_main_process, say if accelerator.is_main_process else lambda text: None
-    with accelerator.main_process_first(): data = data or prepare(config, progress=main and interactive())
+    with accelerator.main_process_first(): data = data or prepare(config, main and interactive(), say)
     trainer = make_trainer(config, data, run.folder)
     if main: start_folder(run.folder, config)
     with locked(run.folder, say) if main else nullcontext():

@@ -143,12 +143,14 @@ class Data:
 def prepare(
     config: Config,
     progress: bool = True,
+    say=None,  # where a line goes before what may take minutes: reading every file, decoding those that are not decoded yet
 ) -> Data:
     "Read, look, split, decode, if the settings are for such data. Raises DataError, ConfigError, StorageError, FileNotFoundError."
+    if say and config.data: say(f'reading {config.data}')
     table = make_table(config, progress)
     check_kind(config, table)
     size = choose_input_size(config, table)
-    store, table = build_store(table, config.store_size or size, config.resize, config.max_pixels, None, config.bad_images, config.workers, progress)
+    store, table = build_store(table, config.store_size or size, config.resize, config.max_pixels, None, config.bad_images, config.workers, progress, say)
     splits = {name: Split(store.rows(part.path), table.targets(name), table.ids(part)) for name in ('train', 'val', 'test') if len(part := table.split(name))}
     if 'train' not in splits: raise DataError(f'{table.name} has no training images')
     if 'val' not in splits and selected(config, table.multilabel) != 'last': raise DataError(f"no class of {table.name} is large enough for a validation image (val_fraction={config.val_fraction}): raise val_fraction, set tiny_classes='both', or set select='last' to do without")

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ..core import ConfigError, DataError, check_options
 from ..data.augment import augment_options, draws, eval_batch
 from ..models.zoo import Classifier, load_weights, standardize
-from .checkpoint import load_checkpoint, unpack
+from .checkpoint import chosen_weights, load_checkpoint, unpack
 from .config import Config
 from .metrics import confusion_matrix, per_class, summarise
 from .prepare import Data, Split, eval_batches, model_of
@@ -279,7 +279,7 @@ def load_pretraining(
     if not config.pretrain: raise ConfigError(f'{run.name} is no pre-training: it has learned from labels')
     model = pretraining_model(model_of(config, len(data['classes']), data['input_size']), config)
     model.mean, model.std = tuple(data['mean']), tuple(data['std'])
-    if (file := run.folder/'best.safetensors').is_file(): load_weights(model, file)
+    if run.finished or (run.folder/'best.safetensors').is_file(): load_weights(model, chosen_weights(run.folder))
     elif found := load_checkpoint(run.folder/'checkpoint'): model.load_state_dict(unpack('ema' if config.ema else 'model', found[1]))
     else: raise ConfigError(f'{run.name} has no weights yet: its first checkpoint comes after its first epoch')
     return model.eval()

@@ -20,6 +20,7 @@ from ..losses.factory import LOSSES
 from ..models.repopt import NAMES, apply_scales, extract_scales, read_scales
 from ..models.weights import read_tensors
 from ..models.zoo import Classifier, load_weights
+from .checkpoint import chosen_weights
 from .config import BUILTIN_SETTINGS, Config, make_config, quick_config, run_name
 from .run import load_run
 
@@ -91,14 +92,14 @@ def weights_file(
     name: str,  # a run's name or folder, or a file
     setting: str,  # which asks for it, for the error
 ) -> Path:
-    "The file of weights that a setting names. Raises ConfigError."
+    "The file of weights that a setting names. Raises ConfigError, StorageError if a run's are damaged."
     if name == 'previous': raise ConfigError(f"{setting} is 'previous', and there is no stage before this one")
     try:
         if Path(name).suffix in ('.safetensors', '.pth', '.pt'): return resolve(name)
         run = load_run(name)
     except FileNotFoundError as error: raise ConfigError(f'{setting}: {error}') from error
     if not run.finished: raise ConfigError(f'{setting}: the run {run.name} is not finished')
-    return run.folder/'best.safetensors'
+    return chosen_weights(run.folder)
 
 # %% ../../nbs/training/stages.ipynb #5309d641
 def find_scales(
