@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from helpers import noise
+from helpers import image_folder, noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -190,3 +190,30 @@ def test_copies_are_those_that_share_their_bytes(rows):
     assert groups.files.to_dict() == {k: len(v) for k, v in by_hand.items() if len(v) > 1}
     assert groups.labels.to_dict() == {k: len({r[2] for r in v}) for k, v in by_hand.items() if len(v) > 1}
     assert len(copies.conflicting_copies(table)) == sum(len(v) for v in by_hand.values() if len({r[2] for r in v}) > 1)
+
+
+def test_names_that_look_like_formulas(tmp_path):
+    "Two dollars in a class's name, or in two names, are two dollars, in every plot that names classes."
+    import matplotlib.pyplot as plt
+    from aaai_lt.analysis import errors, explorer, roc, several, thresholds
+    from aaai_lt.data.predictions import Predictions
+    from aaai_lt.ensemble.pseudo import plot_balance
+    names, random = ('$x_$', '$\\bad{$', 'a$', 'b\\$'), np.random.default_rng(0)
+    truth = np.arange(40) % 4
+    table = read_images(image_folder(tmp_path/'set', {name: 10 for name in ('0', '1', '2', '3')}))
+    table = dataclasses.replace(table, classes=names)
+    single = Predictions(random.normal(size=(40, 4)).astype('float32'), table.frame.path.to_numpy(object), names, truth, {'kind': 'logits', 'activation': 'softmax'})
+    single = dataclasses.replace(single, targets=table.frame.label.to_numpy())
+    marks = (random.random((40, 4)) < 0.5).astype('int8')
+    many = Predictions(single.scores, single.ids, names, marks, {'kind': 'logits', 'activation': 'sigmoid', 'multilabel': True})
+    counts.plot_counts(np.array([9, 7, 5, 3]), names)
+    counts.sample_grid(table.with_frame(table.frame.assign(split='train')), columns=2)
+    errors.plot_confusion(single), errors.show_pairs(single, table, errors.confused_pairs(single, 2), columns=2), roc.plot_class_curves(single)
+    labels.plot_correlation(pd.DataFrame(marks, columns=names).corr())
+    several.show_worst(many, table), thresholds.plot_class_confusion(thresholds.class_confusion(many, 0.5)), thresholds.plot_label_curves(many, np.full(4, 0.5)), thresholds.plot_cooccurrence(many), thresholds.plot_class_reliability(many)
+    plot_balance(pd.DataFrame({'label': ['$x_$']}), np.array([9, 7, 5, 3]), names)
+    ax = plt.subplots()[1]
+    explorer.plot_taken(explorer.answers_of(single, table), 0, set(table.frame.path), names, ax)
+    for number in plt.get_fignums(): plt.figure(number).canvas.draw()
+    assert {'$x_$', 'a$'} & {text.get_text().replace('\\$', '$') for text in ax.get_yticklabels()}
+    plt.close('all')

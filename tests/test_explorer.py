@@ -340,7 +340,7 @@ def use_explorer(page, file):
     box.locator('.widget-html').get_by_text(re.compile('cat: 12 of 25 images')).wait_for()
     box.locator('.widget-select select').select_option(index=0)
     third = settled(page, picture, second)
-    query = box.get_by_placeholder(re.compile('a query'))
+    query = box.get_by_placeholder(re.compile('a condition'))
     query.fill('width > 45')
     query.press('Enter')
     query.blur()

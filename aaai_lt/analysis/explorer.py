@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 from .copies import conflicting_copies
 from .counts import BAND_COLOURS
 from .resolution import pixel_axis
-from ..core import DataError, StorageError
+from ..core import DataError, StorageError, drawn
 from ..data.boxes import open_row
+from ..data.condition import condition
 from ..data.longtail import bands
 from ..data.predictions import Predictions, probabilities
 from ..data.table import FIX_ACTIONS, FIX_COLUMNS, ImageTable, parse_label
@@ -51,16 +52,12 @@ def answers_of(
 # %% ../../nbs/analysis/explorer.ipynb #a45e5b5a
 def chosen_rows(
     table: ImageTable,
-    where: str = '',  # a pandas query
+    where: str = '',  # a condition on the columns
     split: str = '',  # '' for all
 ) -> pd.DataFrame:
-    "The rows of a table that fit a query and a split. Raises DataError."
+    "The rows of a table that fit a condition and a split. Raises DataError."
     frame = table.frame[table.frame.split == split] if split else table.frame
-    if not where.strip(): return frame
-    try: fits = frame.eval(where)
-    except Exception as error: raise DataError(f'{where!r} cannot be used: {error}. Columns: {", ".join(frame.columns)}') from error  # pandas raises many kinds here, all about the query's text
-    if not isinstance(fits, pd.Series) or not pd.api.types.is_bool_dtype(fits): raise DataError(f'{where!r} is not true or false for each row; a condition such as "label == 3" is expected')
-    return frame[fits.fillna(False)]
+    return frame[condition(frame, where)] if where.strip() else frame
 
 # %% ../../nbs/analysis/explorer.ipynb #f3216714
 def count_images(table: ImageTable, rows: pd.DataFrame) -> np.ndarray:  # int64, shape (classes,)
@@ -152,8 +149,8 @@ def image_line(
     for ax in axes: ax.set(xticks=[], yticks=[], frame_on=False)
     for ax, row in zip(axes, rows.itertuples()):
         ax.imshow(thumbnail(table, row), cmap='gray')
-        ax.set_xlabel(row.below, fontsize=7, labelpad=2)
-    axes[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=8)
+        ax.set_xlabel(drawn(row.below), fontsize=7, labelpad=2)
+    axes[0].set_ylabel(drawn(title), rotation=0, ha='right', va='center', fontsize=8)
 
 # %% ../../nbs/analysis/explorer.ipynb #e9b8a1c0
 def error_lines(
@@ -254,7 +251,7 @@ def plot_taken(
     "What a class is taken for."
     wrong = answers[(answers.true == label) & ~answers.correct & answers.path.isin(paths)].said.value_counts().head(6)[::-1]
     if not len(wrong): return ax.set_axis_off()
-    ax.barh([str(classes[i]) for i in wrong.index], wrong, color='0.5', height=0.6)
+    ax.barh([drawn(classes[i]) for i in wrong.index], wrong, color='0.5', height=0.6)
     ax.set_title('taken for'), ax.xaxis.get_major_locator().set_params(integer=True)
 
 # %% ../../nbs/analysis/explorer.ipynb #6a7a06f8
@@ -327,7 +324,7 @@ def explorer_controls(
     given = [s for s in ('train', 'val', 'test') if (table.frame.split == s).any()]
     orders = ['most images', 'fewest images', 'name'] + (['lowest average precision' if table.multilabel else 'lowest accuracy', 'most errors'] if answers is not None else [])
     return {'order': w.Dropdown(options=orders, description='order'), 'split': w.Dropdown(options=[('all', ''), *((s, s) for s in given)], value='', description='split'),
-            'where': w.Text(placeholder=f'a query, such as width > 100{"" if table.multilabel else " and label != 3"}', description='where', continuous_update=False, layout=w.Layout(width='420px')),
+            'where': w.Text(placeholder=f'a condition, such as width > 100{"" if table.multilabel else " and label != 3"}', description='where', continuous_update=False, layout=w.Layout(width='420px')),
             'first': w.IntSlider(0, 0, max(len(table.classes) - bars, 0), description='bars from', continuous_update=False, layout=w.Layout(display=None if len(table.classes) > bars else 'none')),
             'classes': w.Select(rows=18, layout=w.Layout(width='230px')), 'words': w.HTML(), 'picture': w.Image(format='png', layout=w.Layout(max_width='960px', object_fit='contain'))}
 

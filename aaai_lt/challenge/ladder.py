@@ -36,6 +36,7 @@ from ..analysis.copies import near_copies
 from ..analysis.noise import RULES, clean, write_fixes
 from ..core import DISK, ConfigError, DataError, nearest, resolve, root, write_file, write_json
 from ..data.boxes import with_boxes
+from ..data.condition import condition
 from ..data.pixels import build_store, leave_out
 from ..data.predictions import Predictions, load_predictions, save_predictions
 from ..data.pseudo import plain_name
@@ -51,7 +52,7 @@ from ..ensemble.soup import cook, member_files
 from ..ensemble.submission import FORMATS, submit
 from ..models.tta import VIEWS
 from ..training.checkpoint import tensor_bytes
-from ..training.config import NOT_HASHED, Config, SplitSettings, check_type, make_config, quick_config, to_yaml
+from ..training.config import NOT_HASHED, Config, SplitSettings, check_type, make_config, place_settings, portable_place, quick_config, to_yaml
 from ..training.evaluate import as_predictions, per_class_of, predict_images, read_unlabelled, run_model
 from ..training.folds import features_of, out_of_fold, probe_out_of_fold
 from ..training.loop import train_one
@@ -210,10 +211,9 @@ def divided(
     "Which part each test row belongs to. Raises DataError."
     if not parts: return np.where([hashlib.sha256(path.encode()).digest()[0] % 2 == 0 for path in rows.path], 'a', 'b').astype(object)
     found = np.full(len(rows), '', dtype=object)
-    for name, condition in parts.items():
-        try: fits = rows.eval(condition).to_numpy(bool)
-        except Exception as error:  # pandas raises many kinds here, all of them about the query's text
-            raise DataError(f'parts: {name} is {condition!r}: neither a folder or file that exists, nor a condition on the test rows ({error})') from error
+    for name, part in parts.items():
+        try: fits = condition(rows, part).to_numpy()
+        except DataError as error: raise DataError(f'parts: {name} is neither a folder or file that exists, nor a condition on the test rows: {error}') from error
         if (found[fits] != '').any(): raise DataError(f'parts: {name} and {found[fits][found[fits] != ""][0]} share images, such as {rows.path.to_numpy()[fits & (found != "")][0]!r}')
         found[fits] = name
     return found
@@ -354,7 +354,7 @@ def sweep_stages(prefix: str) -> None:
 def run_key(config: Config, data: Data) -> str:
     "The key of a training stage. Files count by their content: fixes and pseudo-labels are in the hash of the data."
     start = root()/'outputs'/config.start/'best.safetensors'
-    plain = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*NOT_HASHED, 'fixes', 'pseudo', 'start')}
+    plain = {k: v for k, v in place_settings(dataclasses.asdict(config), portable_place).items() if k not in (*NOT_HASHED, 'fixes', 'pseudo', 'start')}
     return digest(plain, data.hash, file_digest(start) if config.start and start.is_file() else config.start)
 
 # %% ../../nbs/challenge/ladder.ipynb #3de09ee2

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, nearest, resolve
+from .condition import condition
 
 # %% ../../nbs/data/table.ipynb #ccfaf322
 PROBLEM_COLUMNS = ['path', 'split', 'label', 'reason', 'detail', 'action']
@@ -524,14 +525,10 @@ def move_labels(
 # %% ../../nbs/data/table.ipynb #1bd0a9e1
 def cut(
     table: ImageTable,
-    where: str,  # a pandas query over the table's columns, such as "lt == 1 and split == 'train'"
+    where: str,  # a condition on the table's columns, such as "lt == 1 and split == 'train'"
 ) -> ImageTable:
-    "The rows that fit a query; classes without any row left leave the list. Raises DataError."
-    try: fits = table.frame.eval(where)
-    except Exception as error:  # pandas raises many kinds here, all of them about the query's text
-        raise DataError(f'where={where!r} cannot be used: {error}. Columns: {", ".join(table.frame.columns)}') from error
-    if not isinstance(fits, pd.Series) or not pd.api.types.is_bool_dtype(fits): raise DataError(f'where={where!r} is not a condition: it must be true or false for each row, as in "lt == 1"')
-    kept = table.frame[fits.fillna(False)]
+    "The rows that fit a condition; classes without any row left leave the list. Raises DataError."
+    kept = table.frame[condition(table.frame, where)]
     if not len(kept): raise DataError(f'where={where!r} leaves no image of {len(table):,}')
     present = np.unique((kept.label.explode().dropna() if table.multilabel else kept.label).astype(int))
     position = np.full(len(table.classes), -1)
@@ -541,7 +538,7 @@ def cut(
 # %% ../../nbs/data/table.ipynb #b8b29609
 def read_images(
     data,  # a folder, a CSV, or a text file of `path label`
-    where: str = '',  # a pandas query that takes a cut
+    where: str = '',  # a condition on the columns that takes a cut
     columns: dict = None,  # for CSV columns that are not found by themselves
 ) -> ImageTable:
     "Read labelled images, however they are kept. Raises DataError or FileNotFoundError."

@@ -195,7 +195,7 @@ def log_seesaw(
 # %% ../../nbs/losses/equalization.ipynb #e95dc0e1
 class Seesaw(nn.Module):
     "Seesaw loss (Wang et al. 2021); class indices only. Of the class counts only their number is used; p is of the mitigation, q of the compensation."
-    activation, adjusted, allowed = 'softmax', True, {'p': '[0, inf)', 'q': '[0, inf)'}
+    activation, adjusted, hard_only, allowed = 'softmax', True, True, {'p': '[0, inf)', 'q': '[0, inf)'}  # hard_only: no shares of classes, as mixup makes them
     def __init__(self, class_counts: Tensor, p: float = 0.8, q: float = 2.0):
         super().__init__()
         self.p, self.q = p, q

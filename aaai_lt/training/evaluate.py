@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 
 from ..core import ConfigError, DataError, StorageError, nearest, packaged, recipe, resolve, root, write_file, write_json
 from ..data.augment import eval_batch
@@ -34,7 +33,7 @@ from ..losses.longtail import prior_offset
 from ..models.tta import TTA
 from ..models.zoo import Classifier, load_weights, memory_format
 from .checkpoint import chosen_weights, tensor_bytes
-from .config import assigned_names, check_type, make_config, quick_config, read_settings, run_name
+from .config import assigned_names, check_type, make_config, parameter_cells, quick_config, read_settings, run_name
 from .loop import train
 from .kinds import KINDS
 from .prepare import Data, Split, data_hash, describe_data, model_of, prepare
@@ -382,13 +381,8 @@ def notebook_parameters(
     namespace: dict,  # globals() of the notebook
 ) -> dict:  # the parameters by name
     "The checked parameters of a run notebook. Raises ConfigError."
-    cells = [cell for cell in namespace['In'] if cell.lstrip().startswith('# Parameters')]
+    cells = parameter_cells(namespace)
     default = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cells[0]).body}
     for name in (n for cell in cells[1:] for n in assigned_names(cell)):
         if name not in default: raise ConfigError(f'unknown parameter {name!r}: {nearest(name, default)}')
-    values = {name: namespace[name] for name in default}
-    for name, value in values.items():
-        if isinstance(default[name], (list, dict)) and isinstance(value, str):
-            try: values[name] = yaml.safe_load(value)
-            except yaml.YAMLError as error: raise ConfigError(f'{name} is {value!r}, which is no {type(default[name]).__name__}: {error}') from error
-    return {name: check_type(name, type(default[name]), value) for name, value in values.items()}
+    return {name: check_type(name, type(default[name]), namespace[name]) for name in default}

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['COUNTERS', 'balanced_order', 'epoch_order', 'epoch_windows', 'layers_of', 'decaying', 'decay_groups',
            'make_optimizer', 'make_schedule', 'Progress', 'make_accelerator', 'starting_model', 'training_loss',
-           'steps_per_epoch', 'Trainer', 'make_trainer', 'stateful', 'save', 'check_same_run', 'load_tensors',
-           'restore', 'load_batch', 'own_part', 'training_images', 'gather_rows', 'batch_loss', 'with_teacher',
-           'branch_decay', 'forward_backward', 'pretrain_backward', 'validation_batches', 'pretrain_validation',
-           'closing_facts', 'finish_pretraining', 'check_finite', 'window_backward', 'move_weights', 'train_step',
-           'sync_buffers', 'mean_loss', 'split_logits', 'predict', 'offset', 'judge', 'interactive', 'with_bar',
-           'windows_of_epoch', 'told_to_stop', 'save_within', 'run_epoch', 'keep_epoch', 'validate', 'choose',
-           'finish_epoch', 'mend_best', 'prior_removed_by', 'report_split', 'finish', 'line', 'headline', 'announce',
-           'start_or_continue', 'to_the_end', 'train_one', 'train']
+           'smallest_batch', 'check_single', 'steps_per_epoch', 'Trainer', 'make_trainer', 'stateful', 'save',
+           'check_same_run', 'load_tensors', 'restore', 'load_batch', 'own_part', 'training_images', 'gather_rows',
+           'batch_loss', 'with_teacher', 'branch_decay', 'forward_backward', 'pretrain_backward', 'validation_batches',
+           'pretrain_validation', 'closing_facts', 'finish_pretraining', 'check_finite', 'window_backward',
+           'move_weights', 'train_step', 'sync_buffers', 'mean_loss', 'split_logits', 'predict', 'offset', 'judge',
+           'interactive', 'with_bar', 'windows_of_epoch', 'told_to_stop', 'save_within', 'run_epoch', 'keep_epoch',
+           'validate', 'choose', 'finish_epoch', 'mend_best', 'prior_removed_by', 'report_split', 'finish', 'line',
+           'headline', 'announce', 'start_or_continue', 'to_the_end', 'train_one', 'train']
 
 # %% ../../nbs/training/loop.ipynb #2231576b
+import copy
 import dataclasses
 import hashlib
 import os
@@ -52,7 +53,7 @@ from .kinds import KINDS, Kind, selected
 from .prepare import Data, Split, build_model, describe_data, prepare
 from .pretrain import pretraining_model
 from .run import Run, locked, run_folder, start_folder, sweep_folder, write_start
-from .stages import begin, find_loss_options, stage_configs, teacher_logits
+from .stages import begin, check_weights, find_loss_options, stage_configs, teacher_logits
 
 # %% ../../nbs/training/loop.ipynb #9869253c
 def balanced_order(
@@ -195,6 +196,27 @@ def training_loss(
     if config.pretrain: return nn.Identity()
     return add_margin(make_loss(config.loss, data.class_counts, len(data.splits['train']), **find_loss_options(config)), model.head, data.class_counts)
 
+# %% ../../nbs/training/loop.ipynb #2aa7d9be
+def smallest_batch(
+    windows: list,  # from `epoch_windows`
+) -> int:
+    "Images in the smallest batch of an epoch."
+    return min(len(indices) for window in windows for _, indices in window)
+
+# %% ../../nbs/training/loop.ipynb #fbc037e1
+def check_single(
+    model: nn.Module,
+    size: int,  # pixels
+    batch_size: int,  # for the message
+) -> None:
+    "Raises ConfigError if the model cannot learn from a batch of one image: normalised over the batch, a map of one pixel is always 0."
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng(), torch.no_grad(): copy.deepcopy(model).train()(torch.zeros(1, 3, size, size, device=device))
+    except ValueError as error:
+        if 'more than 1 value' not in str(error): raise
+        raise ConfigError(f'batch_size={batch_size} leaves a batch (or a process of it) with a single image, from which the batch normalisation of this model cannot learn at {size} px: choose a larger batch, or another model') from error
+
 # %% ../../nbs/training/loop.ipynb #5038c2e7
 def steps_per_epoch(
     config: Config,
@@ -203,7 +225,7 @@ def steps_per_epoch(
 ) -> int:
     "Steps of the optimizer in an epoch. Raises ConfigError if some batch has fewer images than there are processes."
     windows = epoch_windows(np.arange(images), config.batch_size, config.accumulate)
-    if min(len(indices) for window in windows for _, indices in window) < processes: raise ConfigError(f'batch_size={config.batch_size} leaves some of the {processes} processes without an image')
+    if smallest_batch(windows) < processes: raise ConfigError(f'batch_size={config.batch_size} leaves some of the {processes} processes without an image')
     return len(windows)
 
 # %% ../../nbs/training/loop.ipynb #bba824c8
@@ -248,6 +270,7 @@ def make_trainer(
     with accelerator.main_process_first(): loss, taught = training_loss(config, data, plain).to(accelerator.device), teacher_logits(config, train.ids, data.table.classes)
     optimizer = make_optimizer(plain, config)
     steps = steps_per_epoch(config, len(train), accelerator.num_processes)
+    if smallest_batch(epoch_windows(np.arange(len(train)), config.batch_size, 1)) < 2 * accelerator.num_processes and not config.pretrain: check_single(plain, data.input_size, config.batch_size)
     model, optimizer = accelerator.prepare(plain, optimizer)
     ema = ModelEmaV3(plain, decay=config.ema, use_warmup=True) if config.ema else None
     mean, std = (torch.tensor(v, dtype=torch.float32, device=accelerator.device) for v in (plain.mean, plain.std))
@@ -820,6 +843,7 @@ def train_one(
     if run.finished and not config.overwrite:
         say(f'{run.name} is finished: {headline(run)}')
         return run
+    check_weights(config)
     accelerator = make_accelerator(config)
     main, say = accelerator.is_main_process, say if accelerator.is_main_process else lambda text: None
     with accelerator.main_process_first(): data = data or prepare(config, main and interactive(), say)

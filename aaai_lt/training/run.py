@@ -23,7 +23,7 @@ import yaml
 
 from ..core import ConfigError, StorageError, nearest, root, write_file, write_json
 from ..data.predictions import Predictions, load_predictions
-from .config import NOT_HASHED, Config, make_config, run_name, to_yaml
+from .config import NOT_HASHED, Config, make_config, place_settings, portable_place, rooted_place, run_name, to_yaml
 
 # %% ../../nbs/training/run.ipynb #b1925330
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run:
     @property
     def name(self) -> str: return self.folder.name
     @property
-    def config(self) -> Config: return Config(**yaml.safe_load((self.folder/'config.yaml').read_text(encoding='utf-8')))
+    def config(self) -> Config: return Config(**place_settings(yaml.safe_load((self.folder/'config.yaml').read_text(encoding='utf-8')), rooted_place))
     @property
     def data(self) -> dict: return json.loads((self.folder/'data.json').read_text(encoding='utf-8'))
     @property
@@ -130,7 +130,7 @@ def differing(
     new: Config,
 ) -> list:  # texts such as 'epochs: 3 there, 5 asked for'
     "The settings that differ, apart from those that cannot change the result."
-    a, b = dataclasses.asdict(old), dataclasses.asdict(new)
+    a, b = (place_settings(dataclasses.asdict(config), portable_place) for config in (old, new))
     return [f'{k}: {a.get(k)!r} there, {v!r} asked for' for k, v in b.items() if a.get(k) != v and k not in NOT_HASHED]
 
 # %% ../../nbs/training/run.ipynb #745aa474
