@@ -23,7 +23,9 @@ from aaai_lt.hardware.export import export_run
 from aaai_lt.training.config import make_config
 from aaai_lt.training.evaluate import evaluate
 from aaai_lt.training.loop import train
+from aaai_lt.training.metrics import per_class
 from aaai_lt.training.prepare import choose_input_size, make_table, prepare
+from aaai_lt.training.run import Run
 
 FAULT_COLUMNS = {'path': 'file', 'label': 'expect'}
 
@@ -235,6 +237,15 @@ def test_padded_numbers_are_one_class(tmp_path):
     assert read_images(write_csv(tmp_path, 'path,label\na.png,0012\nb.png,12\nc.png,3\n')).classes == ('3', '12')
 
 
+def test_names_that_pandas_takes_for_nothing(tmp_path):
+    "Classes called NA and None, from the list to the table of results; a blank number there stays blank."
+    read = read_images(write_csv(tmp_path, 'path,label\na.png,NA\nb.png,None\nc.png,nan\n'))
+    assert read.classes == ('NA', 'None', 'nan')
+    per_class(np.diag([3, 1, 0]), read.classes, [30, 5, 2]).to_csv(tmp_path/'per_class.csv', index=False)
+    found = Run(tmp_path).per_class.set_index('class')
+    assert list(found.index) == ['NA', 'None', 'nan'] and found.precision.isna().tolist() == [False, False, True] and found.precision.dtype == float
+
+
 def test_missing_and_repeated_rows_are_listed(tmp_path):
     read = read_images(write_csv(tmp_path, 'path,label\na.png,x\nb.png,y\nnone.png,x\na.png,x\n'))
     assert list(read.frame.path) == ['a.png', 'b.png']
@@ -315,7 +326,12 @@ def test_an_image_that_goes_after_the_scan_is_listed(tmp_path):
 
 @pytest.mark.parametrize('text, message', [
     ('path,label,split\na.png,x,train\nb.png,x,trian\n', "unknown split 'trian'.*did you mean 'train'"),
-    ('path,label\na.png,x\nb.png,\n', 'no label in row 2'),
+    ('path,label\na.png,x\nb.png,\n', 'labels.csv: no label in row 2'),
+    ('path,label\na.png,x\n,y\n" ",y\n', 'labels.csv: no path in row 2, 3'),
+    ('path;label\na.png;x\n', 'labels.csv seems to be separated by semicolons'),
+    ('path;label\na.png;Chair, office\n', 'labels.csv seems to be separated by semicolons'),
+    ('path\tlabel\na.png\tx\n', 'labels.csv seems to be separated by tabs'),
+    ('path,label,fold\na.png,x,0\nb.png,y,1\n', "unknown split '0' in column 'fold'.*columns={.split.: ..}"),
     ('path,label\nx.png,x\ny.png,y\n', "none of its 2 images exists; the first is 'x.png'"),
     ('picture,label\na.png,x\n', 'no column for path'),
     ('path,label\na.png,x,1\nb.png,y,2,3\n', 'is not a CSV'),
@@ -324,6 +340,34 @@ def test_an_image_that_goes_after_the_scan_is_listed(tmp_path):
 ])
 def test_bad_csv(tmp_path, text, message):
     with pytest.raises(DataError, match=message): read_images(write_csv(tmp_path, text))
+
+
+def test_a_column_that_is_no_split_stays_with_the_data(tmp_path):
+    "An empty text says that there is none; the column can then be a group, or be asked for."
+    read = read_images(write_csv(tmp_path, 'path,ClassID,fold\na.png,x,0\nb.png,y,1\nc.png,y,1\n'), columns={'split': ''}, where='fold == 1')
+    assert list(read.frame.path) == ['b.png', 'c.png'] and list(read.frame.split) == ['', ''] and read.classes == ('y',)
+
+
+def test_long_numbers_as_labels(tmp_path):
+    "Ids of more than 64 bits are labels like others, padded or not."
+    read = read_images(write_csv(tmp_path, f'path,label\na.png,{10 ** 24}\nb.png,00{10 ** 24}\nc.png,7\n'))
+    assert read.classes == ('7', str(10 ** 24)) and list(read.frame.label) == [1, 1, 0]
+
+
+def test_columns_are_refused_where_nothing_reads_them(tmp_path):
+    image_folder(tmp_path/'set', {'a': 2, 'b': 2})
+    (tmp_path/'all.txt').write_text('set/a/000.png 0\nset/b/000.png 1\n')
+    for data in (tmp_path/'set', tmp_path/'all.txt'):
+        assert len(read_images(data))
+        with pytest.raises(DataError, match='columns={.label.: .kind.} says how to read a CSV'): read_images(data, columns={'label': 'kind'})
+
+
+def test_folders_that_are_one_number_are_listed(tmp_path):
+    "They stay two classes, for a folder is a folder; a CSV would make one of them."
+    read = read_images(image_folder(tmp_path/'set', {'7': 2, '0012': 2, '12': 2, 'a12': 2}))
+    assert set(read.classes) == {'7', '12', '0012', 'a12'} and len(read.problems) == 1
+    row = read.problems.iloc[0]
+    assert row.reason == 'same number' and {'0012', '12'} <= set(row.detail.split()) and row.path in ('0012', '12') and row.action == 'kept'
 
 
 @pytest.mark.parametrize('columns, message', [({'label': 'lable'}, "no column 'lable' for label: did you mean 'label'"), ({'lable': 'label'}, "unknown role 'lable': did you mean 'label'")])

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PROBLEM_COLUMNS', 'IMAGE_SUFFIXES', 'SPLIT_NAMES', 'SEPARATORS', 'MARKS', 'NO_IMAGES', 'READ_ERRORS', 'COLUMN_NAMES',
            'SEVERAL', 'FIX_COLUMNS', 'FIX_ACTIONS', 'ImageTable', 'summary_of_splits', 'natural_key', 'is_image_name',
-           'fitting_names', 'index_labels', 'label_matrix', 'label_sets', 'find_separator', 'index_names',
-           'label_columns', 'index_marks', 'look_into', 'split_folders', 'class_folders', 'with_parents', 'files_below',
-           'list_folder', 'read_folder', 'zip_members', 'find_archives', 'inside_folder', 'open_zip', 'read_bytes',
-           'find_columns', 'read_labels', 'read_splits', 'own_columns', 'listed_again', 'unusable_rows',
-           'table_from_rows', 'read_csv', 'read_list', 'move_labels', 'cut', 'read_images', 'parse_label',
-           'read_text_columns', 'read_fixes', 'apply_fixes']
+           'check_filled', 'fitting_names', 'index_labels', 'label_matrix', 'label_sets', 'find_separator',
+           'index_names', 'label_columns', 'index_marks', 'look_into', 'split_folders', 'class_folders', 'with_parents',
+           'files_below', 'list_folder', 'same_numbers', 'read_folder', 'zip_members', 'find_archives', 'inside_folder',
+           'open_zip', 'read_bytes', 'no_column', 'find_columns', 'read_labels', 'read_splits', 'own_columns',
+           'listed_again', 'unusable_rows', 'table_from_rows', 'other_separator', 'read_csv', 'read_list',
+           'move_labels', 'cut', 'find_csv', 'read_images', 'parse_label', 'read_text_columns', 'read_fixes',
+           'apply_fixes']
 
 # %% ../../nbs/data/table.ipynb #c3bd6c6b
 import os
@@ -119,6 +120,16 @@ def is_image_name(name: str) -> bool:
     base = name.rsplit('/', 1)[-1]
     return not base.startswith('.') and base.lower().endswith(IMAGE_SUFFIXES)
 
+# %% ../../nbs/data/table.ipynb #d18c7028
+def check_filled(
+    cells: pd.Series,  # text of each row
+    what: str,  # that they hold
+    source: str = '',  # the file, for the message
+) -> None:
+    "Raises DataError naming the rows whose cell is empty."
+    empty = np.flatnonzero(cells.isna() | (cells.str.strip() == ''))
+    if len(empty): raise DataError(f'{source}{": " if source else ""}no {what} in row {", ".join(map(str, empty[:5] + 1))}{", …" if len(empty) > 5 else ""}: every row needs one')
+
 # %% ../../nbs/data/table.ipynb #70550435
 def fitting_names(
     index: np.ndarray,  # class of each row
@@ -132,13 +143,12 @@ def fitting_names(
 def index_labels(
     labels,  # one label for each row: text or numbers
     names=None,  # a name for each row, used if it fits the labels one to one
+    source: str = '',  # the file, for the message
 ) -> tuple:  # (int64 array of indices, tuple of class names)
     "Labels as indices into a naturally sorted class list. Raises DataError on an empty label."
     text = pd.Series(labels).astype('string').str.strip()
-    if text.isna().any() or (text == '').any():
-        rows = np.flatnonzero(text.isna() | (text == ''))[:5]
-        raise DataError(f'no label in row {", ".join(map(str, rows + 1))}: every row needs one')
-    if text.str.fullmatch(r'\d+').all(): text = text.astype('int64').astype('string')
+    check_filled(text, 'label', source)
+    if text.str.fullmatch(r'\d+').all(): text = text.map(lambda label: str(int(label))).astype('string')  # of any length, as ids can be
     order = sorted(text.unique(), key=natural_key)
     index = text.map({label: i for i, label in enumerate(order)}).to_numpy('int64')
     return index, names is not None and fitting_names(index, names) or tuple(order)
@@ -296,6 +306,15 @@ def list_folder(
     rows.sort(key=lambda row: (natural_key(row[0].split('/')[0]), natural_key(row[0])))
     return pd.DataFrame(rows, columns=['path', 'class_name', 'split', 'reason', 'detail'])
 
+# %% ../../nbs/data/table.ipynb #f55a40ae
+def same_numbers(
+    places: pd.DataFrame,  # path, class_name, split, label of an image of each class
+) -> list:  # of rows for the list of problems
+    "Classes whose names are one number: `0012` and `12` are two folders, and in a CSV of numbers one label."
+    numbers = places[places.class_name.str.isdecimal()]
+    first = numbers.groupby(numbers.class_name.map(int)).class_name.transform('first')
+    return [('/'.join(r.path.split('/')[:1 + bool(r.split)]), r.split, r.label, 'same number', f'{other} and {r.class_name} are two classes, and one number', 'kept') for r, other in zip(numbers.itertuples(), first) if other != r.class_name]
+
 # %% ../../nbs/data/table.ipynb #6804d345
 def read_folder(
     folder,  # class folders, or train/ val/ test/ with class folders inside
@@ -309,7 +328,7 @@ def read_folder(
     classes = tuple(sorted(frame.class_name.unique(), key=natural_key))
     frame.insert(1, 'archive', '')
     frame.insert(2, 'label', frame.class_name.map({c: i for i, c in enumerate(classes)}).astype('int64'))
-    return ImageTable(frame, classes, folder, folder.name).with_frame(frame, problems)
+    return ImageTable(frame, classes, folder, folder.name).with_frame(frame, problems + same_numbers(frame.drop_duplicates('class_name')))
 
 # %% ../../nbs/data/table.ipynb #8d62ab11
 READ_ERRORS = (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading a file, or a member of a zip, can raise
@@ -371,16 +390,24 @@ def read_bytes(
 # %% ../../nbs/data/table.ipynb #50fd846d
 COLUMN_NAMES = {
     'path': ['path', 'filepath', 'file_path', 'file', 'filename', 'file_name', 'image', 'image_path', 'img_path', 'img', 'image_id', 'id'],
-    'label': ['label', 'class', 'target', 'category', 'label_id', 'class_id', 'category_id', 'y', 'class_name'],
+    'label': ['label', 'class', 'target', 'category', 'label_id', 'class_id', 'classid', 'category_id', 'y', 'class_name'],
     'split': ['split', 'subset', 'fold', 'set', 'partition', 'phase'],
     'id': ['img_id', 'image_id', 'id'],
 }
 SEVERAL = ('labels', 'without', 'separator')  # what `columns` may say of several labels
 
 # %% ../../nbs/data/table.ipynb #ac4ce000
+def no_column(
+    role: str,
+    available,  # the columns that there are
+) -> DataError:
+    "What to say if a column is not to be found."
+    available = list(map(str, available))
+    return DataError(f'no column for {role}: none of {", ".join(COLUMN_NAMES[role])} among {", ".join(available)}. Give it, as in columns={{{role!r}: {available[0]!r}}}')
+
 def find_columns(
     available,  # the CSV's columns
-    given: dict = None,  # {'path' | 'label' | 'split' | 'id': column}
+    given: dict = None,  # {'path' | 'label' | 'split' | 'id': column}; '' says that there is none
     needed: tuple = ('path', 'label'),
 ) -> dict:  # {'path': column, …} of those that are there
     "Which columns hold path, label, split and id. Raises DataError when one that is needed is not to be found."
@@ -388,10 +415,10 @@ def find_columns(
     if wrong := [k for k in given if k not in COLUMN_NAMES]: raise DataError(f'columns: unknown role {wrong[0]!r}: {nearest(wrong[0], [*COLUMN_NAMES, *SEVERAL])}')
     lower = {str(c).lower().strip(): c for c in reversed(available)}
     for role, names in COLUMN_NAMES.items():
-        if role in given and given[role] not in available: raise DataError(f'columns: no column {given[role]!r} for {role}: {nearest(given[role], available)}')
-        hit = given.get(role, next((lower[n] for n in names if n in lower and lower[n] not in found.values()), None))
-        if hit is not None: found[role] = hit
-        elif role in needed: raise DataError(f'no column for {role}: none of {", ".join(names)} among {", ".join(map(str, available))}. Give it, as in columns={{{role!r}: {str(available[0])!r}}}')
+        if given.get(role) and given[role] not in available: raise DataError(f'columns: no column {given[role]!r} for {role}: {nearest(given[role], available)}')
+        hit = given.get(role, next((lower[n] for n in names if n in lower and lower[n] not in found.values()), ''))
+        if hit: found[role] = hit
+        elif role in needed: raise no_column(role, available)
     return found
 
 # %% ../../nbs/data/table.ipynb #143c262a
@@ -399,15 +426,16 @@ def read_labels(
     rows: pd.DataFrame,  # all as text
     roles: dict,  # from `find_columns`
     given: dict,  # labels, without, separator
+    name: str = '',  # of the file, for the message
 ) -> tuple:  # (frame of label and, where some are, unknown; class names; whether these are sets)
     "The labels of rows of text: one for each, several names in a cell, or a column of 0 and 1 for each class. Raises DataError."
     if marked := label_columns(rows, roles, given):
         label, unknown = index_marks(rows[marked])
         return pd.DataFrame({'label': label} | ({'unknown': unknown} if any(unknown) else {}), rows.index), tuple(marked), True
-    if 'label' not in roles: find_columns(rows.columns, {k: v for k, v in roles.items() if k != 'id'})  # raises
+    if 'label' not in roles: raise no_column('label', rows.columns)
     separator = given['separator'] if 'separator' in given else find_separator(rows[roles['label']])
     several = bool(separator)
-    label, classes = index_names(rows[roles['label']], separator) if several else index_labels(rows[roles['label']], rows['class_name'] if 'class_name' in rows else None)
+    label, classes = index_names(rows[roles['label']], separator) if several else index_labels(rows[roles['label']], rows['class_name'] if 'class_name' in rows else None, name)
     return pd.DataFrame({'label': label}, rows.index), classes, several
 
 # %% ../../nbs/data/table.ipynb #2662e651
@@ -418,7 +446,7 @@ def read_splits(
 ) -> pd.Series:  # 'train', 'val', 'test', or '' where the data give none
     "The split of each row. Raises DataError for a name that is none."
     split = rows[roles['split']].fillna('').str.strip().str.lower() if 'split' in roles else pd.Series('', rows.index)
-    if wrong := sorted(set(split) - set(SPLIT_NAMES) - {''}): raise DataError(f'{name}: unknown split {wrong[0]!r} in column {roles["split"]!r}: {nearest(wrong[0], SPLIT_NAMES)}')
+    if wrong := sorted(set(split) - set(SPLIT_NAMES) - {''}): raise DataError(f'{name}: unknown split {wrong[0]!r} in column {roles["split"]!r}: {nearest(wrong[0], SPLIT_NAMES)}. If it is no split: columns={{"split": ""}}')
     return split.map(lambda s: SPLIT_NAMES.get(s, ''))
 
 # %% ../../nbs/data/table.ipynb #bb76df54
@@ -472,7 +500,8 @@ def table_from_rows(
     given: dict = None,  # what is said of several labels: labels, without, separator
 ) -> ImageTable:
     "A table from rows of text: finds the files, indexes the labels, lists what is missing or repeated. An id is kept if each image has its own."
-    labels, classes, several = read_labels(rows, roles, given or {})
+    check_filled(rows[roles['path']], 'path', name)
+    labels, classes, several = read_labels(rows, roles, given or {}, name)
     split = read_splits(rows, roles, name)
     path = inside_folder(folder, rows[roles['path']].str.strip().str.removeprefix('./'))
     frame = pd.DataFrame({'path': path, 'archive': find_archives(folder, path)}).join(labels).assign(split=split)
@@ -484,14 +513,24 @@ def table_from_rows(
     unusable, problems = unusable_rows(table, name)
     return table.with_frame(frame[~unusable], problems)
 
+# %% ../../nbs/data/table.ipynb #6b6a810e
+def other_separator(
+    header: str,  # the first line of a file
+) -> str:  # '' if it may be a CSV
+    "What separates the columns instead of a comma."
+    return next((name for sign, name in ((';', 'semicolons'), ('\t', 'tabs'), ('|', 'bars')) if sign in header and ',' not in header), '')
+
 # %% ../../nbs/data/table.ipynb #b3ebf5ce
 def read_csv(
     file,  # a CSV with a column of paths and a column of labels
-    columns: dict = None,  # {'path': …, 'label': …, 'split': …, 'id': …} for names that are not found by themselves; of several labels {'labels': […], 'without': […], 'separator': …}
+    columns: dict = None,  # {'path': …, 'label': …, 'split': …, 'id': …} for names that are not found by themselves, '' for one that is not there; of several labels {'labels': […], 'without': […], 'separator': …}
 ) -> ImageTable:
     "Images listed in a CSV; the files beside it, or in a stored zip beside it. Raises DataError."
     file = Path(file)
-    try: rows = pd.read_csv(file, dtype='string', keep_default_na=False, na_values=[''], encoding='utf-8-sig')
+    try:
+        with open(file, encoding='utf-8-sig') as lines: separator = other_separator(lines.readline())
+        if separator: raise DataError(f'{file} seems to be separated by {separator}: save it with commas')
+        rows = pd.read_csv(file, dtype='string', keep_default_na=False, na_values=[''], encoding='utf-8-sig')
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error: raise DataError(f'{file} is not a CSV in UTF-8: {error}') from error
     if rows.empty: raise DataError(f'{file} has no rows')
     given = {k: v for k, v in (columns or {}).items() if k in SEVERAL}
@@ -536,17 +575,24 @@ def cut(
     return replace(move_labels(table.with_frame(kept), position), classes=tuple(table.classes[i] for i in present))
 
 # %% ../../nbs/data/table.ipynb #b8b29609
+def find_csv(
+    data,  # a folder or a file
+) -> Path:  # or None
+    "The CSV that lists the images: the file itself, or one of the usual name in the folder."
+    path = resolve(data)
+    if not path.is_dir(): return path if path.suffix.lower() == '.csv' else None
+    return next((f for f in (path/'labels.csv', path/'train.csv') if f.is_file()), None)
+
 def read_images(
     data,  # a folder, a CSV, or a text file of `path label`
     where: str = '',  # a condition on the columns that takes a cut
     columns: dict = None,  # for CSV columns that are not found by themselves
 ) -> ImageTable:
     "Read labelled images, however they are kept. Raises DataError or FileNotFoundError."
-    path = resolve(data)
-    if path.is_dir():
-        listed = [f for f in (path/'labels.csv', path/'train.csv') if f.is_file()]
-        table = read_csv(listed[0], columns) if listed else read_folder(path)
-    elif path.suffix.lower() == '.csv': table = read_csv(path, columns)
+    path, listed = resolve(data), find_csv(data)
+    if columns and not listed: raise DataError(f'columns={columns!r} says how to read a CSV, and {path} {"holds no labels.csv or train.csv" if path.is_dir() else "is none"}')
+    if listed: table = read_csv(listed, columns)
+    elif path.is_dir(): table = read_folder(path)
     elif path.suffix.lower() in ('.txt', '.lst'): table = read_list(path)
     else: raise DataError(f'{path}: a folder, a .csv or a .txt file of `path label` is expected')
     return cut(table, where) if where else table

@@ -27,7 +27,7 @@ from ..data.pixels import build_store
 from ..data.predictions import Predictions, probabilities, save_predictions
 from ..data.pseudo import plain_name
 from ..data.scan import scan
-from ..data.table import SEVERAL, ImageTable, find_archives, find_columns, inside_folder, is_image_name, move_labels, own_columns, read_images
+from ..data.table import SEVERAL, ImageTable, find_archives, find_columns, find_csv, inside_folder, is_image_name, move_labels, own_columns, read_images
 from ..losses.factory import LOSSES
 from ..losses.longtail import prior_offset
 from ..models.tta import TTA
@@ -160,7 +160,7 @@ def read_other(
     config, classes = run.config, run.data['classes']
     if unlabelled or has_no_labels(resolve(data)): table = read_unlabelled(data, classes, run.multilabel)
     else:
-        table = in_classes(read_images(data, columns={k: v for k, v in config.columns.items() if k in SEVERAL}), classes, run.multilabel)
+        table = in_classes(read_images(data, columns={k: v for k, v in config.columns.items() if k in SEVERAL or not v} if find_csv(data) else None), classes, run.multilabel)
         there = [name for name in table.frame.split.unique() if name]
         if split and there and split not in there: raise DataError(f'{table.name} has no split {split!r}: {nearest(split, there)}')
         if split and there: table = table.with_frame(table.frame[table.frame.split == split])
