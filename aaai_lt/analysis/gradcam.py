@@ -37,9 +37,10 @@ def grad_cam(
     images: Tensor,  # normalised, shape (B, 3, S, S)
     classes: Tensor,  # the class that is asked about, int64, shape (B,)
 ) -> Tensor:  # float32, shape (B, H, W): what spoke for that class, in logits; its sum over the map is what the map gave
-    "Grad-CAM of the last feature map (Selvaraju et al. 2017, equations 1 and 2). Raises ConfigError for a model without one."
+    "Grad-CAM of the last feature map (Selvaraju et al. 2017, equations 1 and 2). Raises ConfigError for a model without one, or whose map is a single place."
     with torch.no_grad(): features = model.backbone.forward_features(images)
     axis = channel_axis(model, features)
+    if features[0].numel() == features.shape[axis]: raise ConfigError(f"Grad-CAM has nothing to show: of images of {images.shape[-1]} px {type(model.backbone).__name__} ends in a map of 1 × 1, which is the whole image; ask at a larger input_size")
     features.requires_grad_()
     with torch.enable_grad(): logits = model.read(model.backbone.forward_head(features))
     gradient, = torch.autograd.grad(logits[torch.arange(len(images)), classes].sum(), features)
