@@ -1,4 +1,7 @@
 "Comparisons: what was trained is not trained again, what was stopped goes on, only equal images are compared, and one seed is never better."
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +11,7 @@ from scipy.stats import ttest_rel
 from test_train import papermill, report
 
 from aaai_lt.analysis.comparison import class_table, compare, comparison_table, plan_comparison, result_rows, run_comparison
+from aaai_lt.analysis.curves import plot_histories
 from aaai_lt.core import ConfigError, DataError, Stopped
 from aaai_lt.training.loop import train
 
@@ -80,3 +84,40 @@ def test_seeds_that_the_reference_lacks_are_not_paired():
 def test_classes_are_listed_largest_first():
     rows = pd.DataFrame([{'variant': v, 'seed': s, 'class': c, 'band': 'many', 'train_images': n, 'support': 10, 'accuracy': a} for v, a in (('base', 0.5), ('new', 0.6)) for s in (0, 1) for c, n in (('x', 120), ('y', 300))])
     assert class_table(rows, 'base')[['class', 'base', 'new']].values.tolist() == [['y', '50.0', '60.0 ↑'], ['x', '50.0', '60.0 ↑']]
+
+
+# -- curves of several runs
+
+def with_histories(**columns):
+    "(variant, seed) -> what has a history of three epochs; each column is a list of rows, one for each seed."
+    seeds = len(next(iter(columns.values())))
+    return {('a', seed): SimpleNamespace(history=pd.DataFrame({'epoch': [1, 2, 3]} | {name: rows[seed] for name, rows in columns.items()})) for seed in range(seeds)}
+
+
+def drawn(ax):
+    "What a panel shows of its only variant: the line, and the lowest and highest value of its band at each epoch."
+    line, = ax.lines
+    edge = pd.DataFrame(ax.collections[0].get_paths()[0].vertices, columns=['epoch', 'value']).groupby('epoch').value.agg(['min', 'max'])
+    return list(line.get_xdata()), list(line.get_ydata()), edge['min'].tolist(), edge['max'].tolist()
+
+
+@pytest.mark.parametrize('measure, title', [('val_balanced_accuracy', 'balanced accuracy'), ('val_mAP', 'mAP')])
+def test_a_line_is_the_mean_and_a_band_goes_from_the_lowest_seed_to_the_highest(measure, title):
+    runs = with_histories(train_loss=[[3, 2, 1], [6, 2, 4], [3, 5, 4]], val_loss=[[1, 1, 1], [2, 3, 4], [3, 2, 1]], **{measure: [[0.1, 0.2, 0.9], [0.3, 0.4, 0.6], [0.2, 0.3, 0.3]]})
+    fig = plot_histories(runs)
+    assert drawn(fig.axes[0]) == ([1, 2, 3], [4, 3, 3], [3, 2, 1], [6, 5, 4]) and drawn(fig.axes[1])[1:] == ([2, 2, 2], [1, 1, 1], [3, 3, 4])
+    _, mean, low, high = drawn(fig.axes[2])
+    assert np.allclose(mean, [0.2, 0.3, 0.6]) and np.allclose(low, [0.1, 0.2, 0.3]) and np.allclose(high, [0.3, 0.4, 0.9]) and fig.axes[2].get_title() == f'validation {title}'
+    plt.close(fig)
+
+
+def test_curves_of_runs_that_are_not_alike():
+    "More epochs than the others, no validation images, many variants: what is there is drawn, in the order of the variants, each in its own style."
+    one = with_histories(train_loss=[[3, 2, 1]])['a', 0]
+    longer = SimpleNamespace(history=pd.DataFrame({'epoch': range(1, 6), 'train_loss': range(5), 'val_loss': range(5)}))
+    fig = plot_histories({(f'v{i}', 0): one for i in range(12)} | {('longer', 0): longer})
+    first, second, third = fig.axes
+    assert [line.get_label() for line in first.lines] == [*(f'v{i}' for i in range(12)), 'longer'] and len({(line.get_color(), line.get_linestyle()) for line in first.lines}) == 13
+    assert [line.get_label() for line in second.lines] == ['longer'] and len(second.lines[0].get_xdata()) == 5 and not third.lines and not third.axison
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == [line.get_label() for line in first.lines]
+    plt.close(fig)

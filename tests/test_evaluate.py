@@ -22,7 +22,7 @@ from aaai_lt.analysis.mirror import mirror_table
 from aaai_lt.analysis.roc import class_areas, class_curves, ranking_areas
 from aaai_lt.analysis.thresholds import decide_by_parts, tune_thresholds
 from aaai_lt.core import ConfigError, DataError
-from aaai_lt.data.predictions import Predictions, load_predictions, probabilities
+from aaai_lt.data.predictions import Predictions, adjust, load_predictions, probabilities
 from aaai_lt.training.config import make_config
 from aaai_lt.training.evaluate import adopt_weights, data_changes, evaluate, evaluation_folder, other_data, run_data, run_model, validation_of
 from aaai_lt.training.loop import train
@@ -43,6 +43,12 @@ def module_home(tmp_path_factory):
 def run(module_home):
     "Cross-entropy with post-hoc adjustment: what it writes is not what leaves the network."
     return train(make_config(data='digits', name='mine', input_size=32, epochs=8, loss='cross_entropy', adjust_tau=1.0, device='cpu'), say=silent)
+
+
+@pytest.fixture(scope='module')
+def plain(module_home):
+    "Cross-entropy, and nothing adjusted."
+    return train(make_config(data='digits', name='plain', quick=True, loss='cross_entropy', device='cpu'), say=silent)
 
 
 @pytest.fixture(scope='module')
@@ -172,10 +178,26 @@ def test_maps_of_single_labels(mosaic, head):
     maps = grad_cam(model, images, torch.tensor([1, 7]))
     assert maps.shape == (2, 3, 3) and maps.isfinite().all() and not torch.equal(maps, grad_cam(model, images, torch.tensor([2, 5])))
     if head == 'linear':
-        predictions, data = mosaic.predictions('test'), run_data(mosaic, progress=False)
+        predictions, data = mosaic.predictions('test'), run_data(mosaic, 64, False)
         errors = worst_label_errors(predictions, count=3)
         for row in errors.itertuples(): assert (predictions.scores[row.image, row.label] >= 0) == (row.error == 'added') != (predictions.targets[row.image, row.label] == 1)
         assert len(show_label_cams(run_model(mosaic), data, predictions, errors).axes) == 2 * len(errors)
+        with pytest.raises(ConfigError, match='of 32 px .* a map of 1 × 1'): show_label_cams(run_model(mosaic), run_data(mosaic, progress=False), predictions, errors)
+
+
+@pytest.mark.parametrize('name, size', [('repvgg_s0', 32), ('swin_tiny_patch4_window7_224', 32), ('test_resnet', 20)])
+def test_a_map_of_one_place_is_refused(name, size):
+    "With channels first or last; a map of two places is not."
+    from aaai_lt.models.zoo import make_model
+    model, images = make_model(name, 3, input_size=size).eval(), torch.randn(1, 3, size, size)
+    with pytest.raises(ConfigError, match=f'of {size} px .* 1 × 1'): grad_cam(model, images, torch.tensor([1]))
+    assert grad_cam(make_model(name, 3, input_size=2 * size).eval(), torch.randn(1, 3, 2 * size, 2 * size), torch.tensor([1])).numel() > 1
+
+
+def test_the_notebook_goes_on_without_maps(run):
+    "At 32 px the network of these digits ends in a map of one place: evaluate.ipynb says so and goes on."
+    space, printed = execute('evaluate.ipynb', run='mine')
+    assert 'a map of 1 × 1' in printed and (run.folder/'evaluate'/'val'/'summary.json').exists()
 
 
 def test_splits_are_those_of_the_run(run):
@@ -276,6 +298,30 @@ def test_foreign_weights_and_other_weights(run, tmp_path):
     constant = evaluate(run, 'val', data, weights=tmp_path/'zeroed.pth')
     assert np.ptp(constant.scores, axis=0).max() == 0 and constant.meta['weights_sha256'] != evaluate(run, 'val', data).meta['weights_sha256']
     assert evaluation_folder(run, constant, data, tmp_path/'zeroed.pth').name == 'val-zeroed'
+
+
+def test_a_finished_run_is_adjusted_afterwards(run, plain, mosaic):
+    "By hand: tau · log(share of the training images) taken off each logit. What is adjusted already is refused, whoever did it; so are several labels."
+    data, counts = run_data(plain, progress=False), np.array(plain.data['class_counts'], float)
+    before, after = evaluate(plain, 'test', data), evaluate(plain, 'test', data, adjust_tau=0.7)
+    assert np.allclose(after.scores, before.scores - 0.7 * np.log(counts / counts.sum()), atol=1e-5) and np.ptp(after.scores - before.scores, axis=1).max() > 1
+    assert before.meta['adjusted'] == '' and after.meta['adjusted'] == 'logit adjustment, tau 0.7'
+    assert evaluation_folder(plain, after, data, adjust_tau=0.7).name == 'test-tau0.7'
+    with pytest.raises(DataError, match='adjusted already'): adjust(after, np.zeros(10), 'again')
+    with pytest.raises(DataError, match='adjusted already .logit adjustment, tau 1.0'): evaluate(run, 'val', adjust_tau=0.5)
+    balanced = train(make_config(data='digits', name='balanced', quick=True, epochs=1, warmup_epochs=0.5, loss='balanced_softmax', device='cpu'), say=silent)
+    with pytest.raises(DataError, match='adjusted already .loss balanced_softmax'): evaluate(balanced, 'val', adjust_tau=0.5)
+    with pytest.raises(ConfigError, match='mosaic has several labels'): evaluate(mosaic, 'val', adjust_tau=1.0)
+    for tau in (-1.0, float('nan'), '1'):
+        with pytest.raises(ConfigError, match='adjust_tau'): evaluate(plain, 'val', adjust_tau=tau)
+
+
+def test_the_notebook_adjusts(run, plain):
+    space, printed = execute('evaluate.ipynb', run='plain', split='test', adjust_tau=1.0)
+    written = load_predictions(plain.folder/'evaluate'/'test-tau1'/'predictions')
+    assert written.meta['adjusted'] == 'logit adjustment, tau 1.0' and 'logit adjustment, tau 1.0' in printed and (written.scores == evaluate(plain, 'test', adjust_tau=1.0).scores).all()
+    assert space['mirrored'].meta['adjusted'] == 'logit adjustment, tau 1.0'  # the two that are compared are adjusted alike
+    with pytest.raises(DataError, match='adjusted already'): execute('evaluate.ipynb', run='mine', adjust_tau=1.0)
 
 
 def test_transformers_take_another_size(module_home):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['latest_run', 'set_input_size', 'run_model', 'run_data', 'data_changes', 'in_classes', 'list_files', 'read_unlabelled',
-           'has_no_labels', 'read_other', 'other_data', 'predict_together', 'predict_images', 'as_predictions',
-           'evaluate', 'validation_of', 'per_class_of', 'summary_of', 'predictions_frame', 'evaluation_folder',
-           'save_evaluation', 'judge_run', 'write_adopted', 'adopt_weights', 'choose_run', 'notebook_parameters']
+           'has_no_labels', 'read_other', 'other_data', 'predict_together', 'predict_images', 'adjust_run',
+           'as_predictions', 'evaluate', 'validation_of', 'per_class_of', 'summary_of', 'predictions_frame',
+           'evaluation_folder', 'save_evaluation', 'judge_run', 'write_adopted', 'adopt_weights', 'choose_run',
+           'notebook_parameters']
 
 # %% ../../nbs/training/evaluate.ipynb #16e23576
 import ast
@@ -20,11 +21,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import ConfigError, DataError, StorageError, nearest, packaged, recipe, resolve, root, write_file, write_json
+from ..core import ConfigError, DataError, StorageError, check_option, nearest, packaged, recipe, resolve, root, write_file, write_json
 from ..data.augment import eval_batch
 from ..data.boxes import with_boxes
 from ..data.pixels import build_store
-from ..data.predictions import Predictions, probabilities, save_predictions
+from ..data.predictions import Predictions, adjust, probabilities, save_predictions
 from ..data.pseudo import plain_name
 from ..data.scan import scan
 from ..data.table import SEVERAL, ImageTable, find_archives, find_columns, find_csv, inside_folder, is_image_name, move_labels, own_columns, read_images
@@ -212,6 +213,17 @@ def predict_images(model: Classifier, data: Data, split: Split, *options, **name
     "What one network answers, as `predict_together`."
     return predict_together([model], data, split, *options, **named)[0]
 
+# %% ../../nbs/training/evaluate.ipynb #2f20900e
+def adjust_run(
+    run: Run,
+    predictions: Predictions,  # of its network
+    tau: float,  # strength; 1 removes the prior of its training images
+) -> Predictions:
+    "Post-hoc logit adjustment of a finished run's predictions. Raises DataError if they are adjusted already, ConfigError for several labels an image, whose logits are no shares of one prior."
+    check_option('adjust_tau', tau, float, '[0, inf)')
+    if run.multilabel: raise ConfigError(f'adjust_tau={tau} moves the logits of classes that exclude each other, and {run.name} has {KINDS[True].words}: leave it at 0')
+    return adjust(predictions, prior_offset(torch.as_tensor(run.data['class_counts']), tau).numpy(), f'logit adjustment, tau {tau}')
+
 # %% ../../nbs/training/evaluate.ipynb #0ddc779b
 def as_predictions(
     run: Run,
@@ -220,14 +232,16 @@ def as_predictions(
     split: str,  # of the data
     tta: str = 'none',
     weights='',  # a file of weights instead of the run's own
+    adjust_tau: float = 0.0,  # of `adjust_run`; 0: as the run judged itself
 ) -> Predictions:
-    "Logits with the run's adjustment, and what they mean."
+    "Logits with the run's adjustment, and what they mean. Raises ConfigError, DataError for a second adjustment."
     config, part = run.config, data.splits[split]
     offset = prior_offset(torch.as_tensor(run.data['class_counts']), config.adjust_tau).numpy()
     adjusted = f'loss {config.loss}' if LOSSES[config.loss].adjusted else f'logit adjustment, tau {config.adjust_tau}' if config.adjust_tau else ''
     file = resolve(weights) if weights else run.folder/'best.safetensors'
     meta = {'activation': LOSSES[config.loss].activation, 'multilabel': run.multilabel, 'adjusted': adjusted, 'tta': tta if tta != 'none' else '', 'input_size': data.input_size, 'split': split, 'weights_sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
-    return Predictions(logits - offset, part.ids, data.table.classes, None if (part.labels < 0).all() else part.labels, meta)
+    found = Predictions(logits - offset, part.ids, data.table.classes, None if (part.labels < 0).all() else part.labels, meta)
+    return adjust_run(run, found, adjust_tau) if adjust_tau else found
 
 # %% ../../nbs/training/evaluate.ipynb #6268e21b
 def evaluate(
@@ -241,6 +255,7 @@ def evaluate(
     device: str = 'auto',
     unlabelled: bool = False,  # do not look for labels in other data
     say=print,  # where warnings go
+    adjust_tau: float = 0.0,  # post-hoc logit adjustment of a run that has none; 0: as the run judged itself
 ) -> Predictions:
     "The predictions of a run's weights, made as the run makes them. Raises ConfigError, DataError, FileNotFoundError, StorageError."
     run = run if isinstance(run, Run) else load_run(run)
@@ -250,7 +265,7 @@ def evaluate(
     if name not in data.splits: raise DataError(f'{run.name} has no split {split!r}: {nearest(split, data.splits)}')
     config, part = run.config, data.splits[name]
     logits = predict_images(run_model(run, data.input_size, weights), data, part, tta, batch_size or 2 * config.batch_size, device, config.precision)
-    return as_predictions(run, logits, data, name, tta, weights)
+    return as_predictions(run, logits, data, name, tta, weights, adjust_tau)
 
 # %% ../../nbs/training/evaluate.ipynb #3da956bd
 def validation_of(
@@ -304,11 +319,12 @@ def evaluation_folder(
     predictions: Predictions,
     data: Data,
     weights='',
+    adjust_tau: float = 0.0,  # that it was made with
 ) -> Path:
     "Where an evaluation belongs: `evaluate/<split>` in the run's folder, with what differs from the run's own judgement in the name."
     split, size, tta = (predictions.meta[key] for key in ('split', 'input_size', 'tta'))
     name = re.sub(r'[^\w.-]+', '-', f'{data.table.name}-{data.hash[:6]}') if split == 'new' else split
-    return run.folder/'evaluate'/'-'.join([name, *([f'{size}px'] if size != run.data['input_size'] else []), *([tta] if tta else []), *([Path(weights).stem] if weights else [])])
+    return run.folder/'evaluate'/'-'.join([name, *([f'{size}px'] if size != run.data['input_size'] else []), *([tta] if tta else []), *([f'tau{adjust_tau:g}'] if adjust_tau else []), *([Path(weights).stem] if weights else [])])
 
 # %% ../../nbs/training/evaluate.ipynb #fbd16124
 def save_evaluation(
