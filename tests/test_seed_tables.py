@@ -57,3 +57,9 @@ def test_what_was_missing_is_shown(name, texts):
 def test_no_row_is_left_out(name, rows):
     "Long tables stand in three or four columns of rows: 89 classes in 30 lines, 60 labels in 15."
     assert sum(len(re.findall('<tr', part)) for part in re.findall('<tbody>.*?</tbody>', shown(CELLS[name][0][1]), re.S)) >= rows
+
+
+def test_evaluate_says_whose_figures_its_classes_are():
+    cells = json.loads((ROOT/'nbs'/'evaluate.ipynb').read_text(encoding='utf-8'))['cells']
+    caption, = re.findall('<caption>(.*?)</caption>', ''.join(shown(cell) for cell in cells if cell['cell_type'] == 'code'))
+    assert re.fullmatch(r'ours: \S+, \w+, (train|val|test) of \S+, \d+ px', caption)
