@@ -32,8 +32,7 @@ def kernel_of(process):
 
 
 def wait_for_checkpoint(process, folder):
-    deadline = time.time() + 200
-    while not len(list((folder/'checkpoint').glob('step-*[0-9]'))) and time.time() < deadline and process.poll() is None: time.sleep(0.05)
+    while not list((folder/'checkpoint').glob('step-*[0-9]')) and process.poll() is None: time.sleep(0.05)
 
 
 def report(home):
@@ -97,7 +96,7 @@ def test_a_killed_kernel_ends_papermill(home):
     process = papermill(home, 'train.ipynb', '-p', 'name', 'mine', *TINY, wait=False)
     wait_for_checkpoint(process, home/'outputs'/'mine')
     kernel_of(process).kill()
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate()
     assert process.returncode > 0 and 'Kernel died' in output, output[-3000:]
     assert 'balanced_softmax' in report(home) and not (home/'outputs'/'mine'/'summary.json').exists()
     code, output = papermill(home, 'train.ipynb', '-p', 'name', 'mine', *TINY)
