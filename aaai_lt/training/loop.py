@@ -843,7 +843,7 @@ def train_one(
     if run.finished and not config.overwrite:
         say(f'{run.name} is finished: {headline(run)}')
         return run
-    check_weights(config)
+    if config.overwrite or not checkpoints(run.folder/'checkpoint'): check_weights(config)  # what a checkpoint holds is not asked for again
     accelerator = make_accelerator(config)
     main, say = accelerator.is_main_process, say if accelerator.is_main_process else lambda text: None
     with accelerator.main_process_first(): data = data or prepare(config, main and interactive(), say)
