@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'DISK', 'ConfigError', 'DataError', 'DivergedError', 'StorageError', 'Stopped', 'nearest', 'inside',
-           'check_option', 'check_options', 'drawn', 'root', 'resolve', 'packaged', 'packaged_file', 'table', 'recipe',
-           'Disk', 'write_file', 'write_json']
+           'check_option', 'check_options', 'plot_text', 'root', 'resolve', 'packaged', 'packaged_file', 'table',
+           'recipe', 'Disk', 'write_file', 'write_json']
 
 # %% ../nbs/core.ipynb #3666fd9d
 import difflib
@@ -90,7 +90,7 @@ def check_options(
         check_option(f'{what.partition(":")[0]}: {name}', value, known[name].annotation, getattr(made, 'allowed', {}).get(name, '(-inf, inf)'))
 
 # %% ../nbs/core.ipynb #9bd3c924
-def drawn(
+def plot_text(
     text,  # a name that came with the data
 ) -> str:
     "A text for titles, labels and legends of plots, where each of its letters is to be seen as it is."

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core import ConfigError, drawn
+from ..core import ConfigError, plot_text
 from ..models.decoders import map_side
 from ..models.zoo import Classifier
 
@@ -45,7 +45,7 @@ def draw_maps(
     for ax, heat, text in zip(axes[1:], maps, words):
         ax.imshow(image.mean(2), cmap='gray', vmin=0, vmax=400, extent=(0, size, size, 0))  # darker under the map
         ax.imshow(heat, cmap='inferno', alpha=0.55, vmin=0, vmax=maps.max(), extent=(0, size, size, 0), interpolation='bilinear')
-        ax.set_xlabel(drawn(text), fontsize=9)
+        ax.set_xlabel(plot_text(text), fontsize=9)
     for ax in axes: ax.set(xticks=[], yticks=[], frame_on=False)
 
 # %% ../../nbs/analysis/attention.ipynb #ee3540ca

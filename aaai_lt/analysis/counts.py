@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..core import drawn
+from ..core import plot_text
 from ..data.boxes import open_row
 from ..data.longtail import BANDS, bands, gini, imbalance_factor
 from ..data.table import ImageTable
@@ -76,7 +76,7 @@ def name_classes(
 ) -> None:
     "Names of classes under their places, upright where they would touch. More than 60 can't be read and are left out."
     if names is None or len(names) > 60: ax.set_xlabel(otherwise)
-    else: ax.set_xticks(range(len(names)), [drawn(name) for name in names], rotation=90 if len(names) > 12 else 0, fontsize=8)
+    else: ax.set_xticks(range(len(names)), [plot_text(name) for name in names], rotation=90 if len(names) > 12 else 0, fontsize=8)
 
 # %% ../../nbs/analysis/counts.ipynb #985f604d
 def plot_counts(
@@ -177,8 +177,8 @@ def draw_images(
     "Images side by side, with their title at the left."
     for ax, row in zip(axes, rows.itertuples()):
         ax.imshow(read_image(table, row))
-        ax.set_xlabel(drawn(getattr(row, 'below', '')), fontsize=8)
-    axes[0].set_ylabel(drawn(title), rotation=0, ha='right', va='center', fontsize=8)
+        ax.set_xlabel(plot_text(getattr(row, 'below', '')), fontsize=8)
+    axes[0].set_ylabel(plot_text(title), rotation=0, ha='right', va='center', fontsize=8)
 
 # %% ../../nbs/analysis/counts.ipynb #b211ed08
 def head_and_tail(

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import spearmanr
 
 from .counts import BAND_COLOURS, BARE, draw_accuracy, draw_images, name_classes
-from ..core import drawn
+from ..core import plot_text
 from ..data.predictions import Predictions, probabilities
 from ..data.table import ImageTable
 from ..training.metrics import confusion_matrix, per_class
@@ -182,8 +182,8 @@ def plot_confusion(
     size = 2.2 + 0.2 * len(rates)
     fig, ax = plt.subplots(figsize=(size + 0.8, size), layout='constrained')
     image = ax.imshow(rates, cmap='magma_r', norm=PowerNorm(0.5, 0, 1))
-    ax.set_xticks(range(len(rates)), rates.columns.map(drawn), rotation=90 if max(map(len, rates.columns)) > 2 else 0, fontsize=8)
-    ax.set_yticks(range(len(rates)), rates.index.map(drawn), fontsize=8)
+    ax.set_xticks(range(len(rates)), rates.columns.map(plot_text), rotation=90 if max(map(len, rates.columns)) > 2 else 0, fontsize=8)
+    ax.set_yticks(range(len(rates)), rates.index.map(plot_text), fontsize=8)
     ax.set(xlabel='said', ylabel='true', title='share of each class' + (f', {len(rates)} of {of} classes' if len(rates) < of else ''))
     fig.colorbar(image, ax=ax, shrink=0.8, ticks=[0, 0.05, 0.2, 0.5, 1], format=PercentFormatter(1.0))
     return fig

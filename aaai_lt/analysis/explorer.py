@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from .copies import conflicting_copies
 from .counts import BAND_COLOURS
 from .resolution import pixel_axis
-from ..core import DataError, StorageError, drawn
+from ..core import DataError, StorageError, plot_text
 from ..data.boxes import open_row
 from ..data.condition import condition
 from ..data.longtail import bands
@@ -149,8 +149,8 @@ def image_line(
     for ax in axes: ax.set(xticks=[], yticks=[], frame_on=False)
     for ax, row in zip(axes, rows.itertuples()):
         ax.imshow(thumbnail(table, row), cmap='gray')
-        ax.set_xlabel(drawn(row.below), fontsize=7, labelpad=2)
-    axes[0].set_ylabel(drawn(title), rotation=0, ha='right', va='center', fontsize=8)
+        ax.set_xlabel(plot_text(row.below), fontsize=7, labelpad=2)
+    axes[0].set_ylabel(plot_text(title), rotation=0, ha='right', va='center', fontsize=8)
 
 # %% ../../nbs/analysis/explorer.ipynb #e9b8a1c0
 def error_lines(
@@ -251,7 +251,7 @@ def plot_taken(
     "What a class is taken for."
     wrong = answers[(answers.true == label) & ~answers.correct & answers.path.isin(paths)].said.value_counts().head(6)[::-1]
     if not len(wrong): return ax.set_axis_off()
-    ax.barh([drawn(classes[i]) for i in wrong.index], wrong, color='0.5', height=0.6)
+    ax.barh([plot_text(classes[i]) for i in wrong.index], wrong, color='0.5', height=0.6)
     ax.set_title('taken for'), ax.xaxis.get_major_locator().set_params(integer=True)
 
 # %% ../../nbs/analysis/explorer.ipynb #6a7a06f8

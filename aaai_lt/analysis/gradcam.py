@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core import ConfigError, drawn
+from ..core import ConfigError, plot_text
 from ..data.augment import eval_batch
 from ..data.predictions import Predictions, probabilities
 from ..models.zoo import Classifier
@@ -81,7 +81,7 @@ def draw_maps(
         ax.imshow(pixels if heat is None else pixels.mean(2), cmap='gray', vmin=0, vmax=400, extent=(0, size, size, 0))  # darker under the map
         if heat is not None: ax.imshow(heat, cmap='inferno', alpha=0.55, vmin=0, vmax=max(top, 1e-9), extent=(0, size, size, 0), interpolation='bilinear')
         ax.set(xticks=[], yticks=[], frame_on=False)
-        ax.set_xlabel(drawn(text), fontsize=8)
+        ax.set_xlabel(plot_text(text), fontsize=8)
 
 # %% ../../nbs/analysis/gradcam.ipynb #11aa2f8f
 def show_cams(

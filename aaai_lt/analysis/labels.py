@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from ..core import DataError, drawn, nearest, resolve
+from ..core import DataError, plot_text, nearest, resolve
 
 # %% ../../nbs/analysis/labels.ipynb #2abf6112
 def read_label_matrix(
@@ -134,7 +134,7 @@ def plot_correlation(
     limit = max(np.nanmax(np.abs(values)), 0.01) if np.isfinite(values).any() else 1
     picture = ax.imshow(values, cmap='RdBu_r', vmin=-limit, vmax=limit)
     if len(phi) <= 80:
-        for axis, rotation in ((ax.xaxis, 90), (ax.yaxis, 0)): axis.set_ticks(range(len(phi)), phi.index[order].map(drawn), fontsize=6, rotation=rotation)
+        for axis, rotation in ((ax.xaxis, 90), (ax.yaxis, 0)): axis.set_ticks(range(len(phi)), phi.index[order].map(plot_text), fontsize=6, rotation=rotation)
         ax.tick_params(length=0)
     fig.colorbar(picture, ax=ax, label='correlation', shrink=0.6)
     return fig

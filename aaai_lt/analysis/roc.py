@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from ..core import drawn
+from ..core import plot_text
 from ..data.predictions import Predictions, probabilities
 
 # %% ../../nbs/analysis/roc.ipynb #dbaf35dd
@@ -80,7 +80,7 @@ def draw_curves(
     "Curves of a few classes from dark to light, on axes from 0 to 1."
     for (name, label), colour in zip(labels.items(), plt.get_cmap('viridis')(np.linspace(0, 0.85, max(len(labels), 1)))):
         points = curves[curves['class'] == name]
-        ax.plot(points.x, points.y, color=colour, drawstyle='steps-post', label=drawn(label))
+        ax.plot(points.x, points.y, color=colour, drawstyle='steps-post', label=plot_text(label))
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     if labels: ax.legend(frameon=False, fontsize=8, loc=corner, title='class (images): area', title_fontsize=8)
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from .counts import BAND_COLOURS, BARE, draw_accuracy, name_classes, read_image
-from ..core import drawn
+from ..core import plot_text
 from ..data.predictions import Predictions, probabilities
 from ..data.table import ImageTable
 
@@ -69,8 +69,8 @@ def show_worst(
     fig, axes = plt.subplots(rows, columns, figsize=(columns * 1.75, rows * 2.5), squeeze=False, layout='constrained', subplot_kw=BARE)
     for ax, path, error in zip(axes.flat, table.paths(errors.id), errors.itertuples(index=False)):
         ax.imshow(read_image(table, where.loc[path]))
-        ax.set_title(drawn(fill(error[1], 22)) or 'nothing', fontsize=7)
-        ax.set_xlabel('\n'.join(drawn(fill(sign + text, 22)) for sign, text in (('− ', error[2]), ('+ ', error[3])) if text), fontsize=7, color='#c44e52')
+        ax.set_title(plot_text(fill(error[1], 22)) or 'nothing', fontsize=7)
+        ax.set_xlabel('\n'.join(plot_text(fill(sign + text, 22)) for sign, text in (('− ', error[2]), ('+ ', error[3])) if text), fontsize=7, color='#c44e52')
     return fig
 
 # %% ../../nbs/analysis/several.ipynb #7c0a0500

@@ -23,7 +23,7 @@ from sklearn.metrics import precision_recall_curve
 
 from .calibration import bin_scores, calibration_error, draw_reliability, reliability
 from .roc import telling_classes
-from ..core import DataError, drawn
+from ..core import DataError, plot_text
 from ..data.predictions import Predictions, probabilities
 from ..training.multilabel import average_precision, decision_counts
 
@@ -88,7 +88,7 @@ def plot_thresholds(
     ax.vlines(seen.support, seen[['own', 'common']].min(axis=1), seen[['own', 'common']].max(axis=1), color='0.85', lw=1, zorder=0)
     for column, style in (('own', {'s': 28, 'facecolors': 'white', 'edgecolors': 'black'}), ('common', {'s': 60, 'color': '0.5', 'marker': '_'}), ('threshold', {'s': 12, 'color': '#c44e52', 'zorder': 3, 'label': 'used'})):
         ax.scatter(seen.support, seen[column], **({'label': column} | style))
-    for row in seen.itertuples() if len(seen) <= 20 else (): ax.annotate(drawn(row[1]), (row.support, row.threshold), xytext=(5, -3), textcoords='offset points', fontsize=8)
+    for row in seen.itertuples() if len(seen) <= 20 else (): ax.annotate(plot_text(row[1]), (row.support, row.threshold), xytext=(5, -3), textcoords='offset points', fontsize=8)
     ax.set(xscale='log', xlabel='positives in validation', ylabel='threshold (probability)', ylim=(0, 1), title='thresholds by F1')
     ax.set_xticks(ticks := count_ticks(seen.support.min(), seen.support.max()), [f'{t:,}' for t in ticks]), ax.minorticks_off()
     ax.spines[['top', 'right']].set_visible(False), ax.legend(frameon=False, fontsize=8)
@@ -142,7 +142,7 @@ def plot_decisions(
     ax.hlines(range(len(shown)), shown.f1, shown.f1_tuned, color=np.where(shown.change < 0, '#c44e52', '#55a868'), lw=2, alpha=0.6, zorder=0)
     ax.scatter(shown.f1, range(len(shown)), s=28, facecolors='white', edgecolors='black', label='threshold 0.5')
     ax.scatter(shown.f1_tuned, range(len(shown)), s=22, color='black', label='tuned')
-    ax.set_yticks(range(len(shown)), [f'{drawn(name)} ({count:,})' for name, count in zip(shown['class'], shown.support)], fontsize=8)
+    ax.set_yticks(range(len(shown)), [f'{plot_text(name)} ({count:,})' for name, count in zip(shown['class'], shown.support)], fontsize=8)
     ax.set(xlabel='F1', xlim=(-0.02, 1.02), title='class (images that show it)' + (f', {len(shown)} of {len(seen)}' if len(shown) < len(seen) else ''))
     ax.spines[['top', 'right']].set_visible(False), ax.legend(frameon=False, fontsize=8, loc='best')
     return fig
@@ -210,7 +210,7 @@ def plot_class_reliability(
     for ax, c in zip(axes[0], worst):
         known = predictions.targets[:, c] >= 0
         draw_reliability(ax, reliability(probabilities(predictions)[known, c], predictions.targets[known, c] == 1, bins))
-        ax.set(xlabel='probability', ylabel='', xticks=(0, 0.5, 1)), ax.tick_params(labelsize=8), ax.set_title(f'{drawn(predictions.classes[c])}: error {error[c]:.3f}', fontsize=9)
+        ax.set(xlabel='probability', ylabel='', xticks=(0, 0.5, 1)), ax.tick_params(labelsize=8), ax.set_title(f'{plot_text(predictions.classes[c])}: error {error[c]:.3f}', fontsize=9)
     axes[0, 0].set_ylabel('labels that are there')
     return fig
 
@@ -236,7 +236,7 @@ def plot_class_confusion(
     fig, ax = plt.subplots(figsize=(6.4, 0.8 + 0.24 * len(top)), layout='constrained')
     left = 0
     for name, colour in (('right', '#4c72b0'), ('missed', '#dd8452'), ('added', '#c44e52')):
-        ax.barh(top['class'].map(drawn), top[name], left=left, color=colour, label=name)
+        ax.barh(top['class'].map(plot_text), top[name], left=left, color=colour, label=name)
         left = left + top[name]
     ax.set(xlabel='labels', title='found, missed and added'); ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
@@ -268,7 +268,7 @@ def plot_label_curves(
     points = [class_confusion(predictions, at).set_index('class') for at in (0.5, thresholds)]
     (fig, ax), colours = plt.subplots(figsize=(5, 3.6), layout='constrained'), plt.get_cmap('viridis')(np.linspace(0, 0.85, len(classes)))
     for (name, curve), colour in zip(label_curves(predictions, classes).groupby('class', sort=False), colours):
-        ax.plot(curve.x, curve.y, color=colour, drawstyle='steps-post', label=f'{drawn(name)} ({frame.support[name]}): {frame.average_precision[name]:.3f}')
+        ax.plot(curve.x, curve.y, color=colour, drawstyle='steps-post', label=f'{plot_text(name)} ({frame.support[name]}): {frame.average_precision[name]:.3f}')
         for point, face in zip(points, ('white', colour)): ax.plot(point.recall[name], point.precision[name], 'o', ms=6, mfc=face, mec=colour, zorder=3)
     ax.set(title='precision–recall', xlabel='share of the labels that is found', ylabel='share that is right', xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
     ax.legend(frameon=False, fontsize=8, title='class (images): area', title_fontsize=8)
@@ -319,7 +319,7 @@ def cooccurrence_errors(
 # %% ../../nbs/analysis/thresholds.ipynb #6b67c49a
 def draw_pairs(ax: Axes, gap: np.ndarray, names: list):
     "A square of differences of rates, red where the other label harms; gives the picture for a colour bar."
-    names = [drawn(name) for name in names]
+    names = [plot_text(name) for name in names]
     ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0, fontsize=8)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     return ax.imshow(gap, cmap='RdBu_r', vmin=-0.3, vmax=0.3)

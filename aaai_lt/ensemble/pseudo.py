@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core import ConfigError, DataError, drawn, nearest, write_file
+from ..core import ConfigError, DataError, plot_text, nearest, write_file
 from ..data.longtail import BANDS, bands, gini, imbalance_factor
 from ..data.predictions import Predictions, probabilities
 from ..data.pseudo import add_pseudo
@@ -139,7 +139,7 @@ def plot_balance(
     place = np.arange(len(order))
     ax.bar(place, before[order], width=0.8 if len(order) < 60 else 1, color='0.6', label='labelled')
     ax.bar(place, added[order], bottom=before[order], width=0.8 if len(order) < 60 else 1, color='tab:orange', label='pseudo-labelled')
-    if len(order) < 60: ax.set_xticks(place, [drawn(name) for name in names[order]], rotation=90 if max(map(len, map(str, names))) > 2 else 0, fontsize=8)
+    if len(order) < 60: ax.set_xticks(place, [plot_text(name) for name in names[order]], rotation=90 if max(map(len, map(str, names))) > 2 else 0, fontsize=8)
     ax.set(ylabel='training images', xlabel='class'), ax.spines[['top', 'right']].set_visible(False), ax.legend(frameon=False)
     return fig
 
