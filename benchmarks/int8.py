@@ -1,6 +1,6 @@
 """What int8 costs finished runs: each quantised per tensor and per channel, as it is and equalised, with every calibration, judged on held-out images; rows to results/int8.csv.
 
-  python benchmarks/int8.py gtsrb-0 gtsrb-1 gtsrb-2 [--images 512] [--split val] [--rounds 20]
+  python benchmarks/int8.py gtsrb-whole-0 gtsrb-whole-1 gtsrb-whole-2 [--images 512] [--split val] [--rounds 20]
 
 The runs are those under outputs/ of $AAAI_LT_HOME, of any model: RepVGG beside RepOpt, say. Calibration sees training images only. Latency of int8
 over float is measured in onnxruntime in the same process, in turns, as processor time on one thread."""
