@@ -37,8 +37,9 @@ import torch
 from common import RESULTS, machine, write_rows
 
 from aaai_lt.analysis.comparison import compare, comparison_table, plan_comparison, result_rows, run_comparison
-from aaai_lt.data.predictions import adjust
-from aaai_lt.losses.longtail import prior_offset
+from aaai_lt.data.longtail import BANDS, bands
+from aaai_lt.training.checkpoint import load_checkpoint
+from aaai_lt.training.evaluate import adjust_run
 from aaai_lt.training.kinds import KINDS
 from aaai_lt.training.run import Run, run_folder
 
@@ -57,10 +58,16 @@ LIMIT = 180  # seconds of processor time a run, preparing the data included
 
 def adjusted_row(run, split):
     "What changes in a row if the prior is taken out of the predictions afterwards; that needs no training of its own."
-    said, counts = run.predictions(split), np.array(run.data['class_counts'])
-    said = adjust(said, prior_offset(torch.as_tensor(counts), 1.0).numpy(), 'logit adjustment, tau 1')
-    table = KINDS[False].judge(torch.from_numpy(said.targets), torch.from_numpy(said.scores), said.classes, counts, run.data['not_held_out'].get(split, ()))
+    said = adjust_run(run, run.predictions(split), 1.0)
+    table = KINDS[False].judge(torch.from_numpy(said.targets), torch.from_numpy(said.scores), said.classes, np.array(run.data['class_counts']), run.data['not_held_out'].get(split, ()))
     return {'variant': AFTERWARDS} | KINDS[False].summarise(table, torch.from_numpy(said.targets), torch.from_numpy(said.scores))
+
+
+def gradient_ratios(run):
+    "What EQL v2's collector says at the end of a run: positive over negative gradient, mean of the classes of each band."
+    _, tensors, _ = load_checkpoint(run.folder/'checkpoint')
+    ratios = (tensors['loss.pos_grad'] / tensors['loss.neg_grad']).numpy()
+    return {f'ratio_{band}': round(float(ratios[of].mean()), 4) for band in BANDS if (of := bands(run.data['class_counts']) == band).any()}
 
 
 if __name__ == '__main__':
@@ -88,6 +95,7 @@ if __name__ == '__main__':
         spent = round(time.process_time() - spent, 1) if trained else None
         if trained and spent > LIMIT: print(f'longer than {LIMIT} s: {spent:.0f} s')
         rows = [result_rows(runs, split).drop(columns='quick').iloc[0].to_dict()]
+        if config.loss == 'eqlv2': rows[0] |= gradient_ratios(runs[key])
         if key[0] == 'cross_entropy' and AFTERWARDS in known: rows.append(rows[0] | adjusted_row(runs[key], split))
         facts = {'model': config.model, 'input_size': config.input_size, 'threads': torch.get_num_threads(), 'machine': machine(), 'cpu_seconds': spent}
         if not args.smoke: write_rows('compare.csv', [{'benchmark': args.what} | row | facts for row in rows], ['benchmark', 'variant', 'seed'])

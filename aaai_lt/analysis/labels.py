@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from ..core import DataError, plot_text, nearest, resolve
+from ..core import DataError, nearest, plot_text, resolve
 
 # %% ../../nbs/analysis/labels.ipynb #2abf6112
 def read_label_matrix(

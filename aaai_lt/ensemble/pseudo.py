@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core import ConfigError, DataError, plot_text, nearest, write_file
+from ..core import ConfigError, DataError, nearest, plot_text, write_file
 from ..data.longtail import BANDS, bands, gini, imbalance_factor
 from ..data.predictions import Predictions, probabilities
 from ..data.pseudo import add_pseudo

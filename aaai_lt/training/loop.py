@@ -483,7 +483,7 @@ def pretrain_validation(
 # %% ../../nbs/training/loop.ipynb #4f3455f0
 def closing_facts(trainer: Trainer) -> dict:
     "What the summary of every run says of it."
-    return {'quick': trainer.config.quick, 'best_epoch': trainer.best['epoch'], 'epochs': trainer.epoch, 'seconds': round(trainer.seconds, 2), 'weights_sha256': hashlib.sha256((trainer.folder/'best.safetensors').read_bytes()).hexdigest()}
+    return {'quick': trainer.config.quick, 'best_epoch': trainer.best['epoch'], 'epochs': trainer.epoch, 'seconds': round(trainer.seconds, 2), 'weights_sha256': trainer.best['sha256']}
 
 # %% ../../nbs/training/loop.ipynb #eab22b31
 def finish_pretraining(
@@ -752,8 +752,8 @@ def report_split(
     data, split = trainer.data, trainer.data.splits[name]
     logits, _ = predict(trainer, trainer.plain, split)
     if not trainer.accelerator.is_main_process: return None
-    found, weights = judge(trainer, logits, name), hashlib.sha256((trainer.folder/'best.safetensors').read_bytes()).hexdigest()
-    meta = {'activation': trainer.loss.activation, 'multilabel': data.table.multilabel, 'adjusted': prior_removed_by(trainer), 'input_size': data.input_size, 'split': name, 'weights_sha256': weights}
+    found = judge(trainer, logits, name)
+    meta = {'activation': trainer.loss.activation, 'multilabel': data.table.multilabel, 'adjusted': prior_removed_by(trainer), 'input_size': data.input_size, 'split': name, 'weights_sha256': trainer.best['sha256']}
     save_predictions(Predictions((logits - offset(trainer)).cpu().numpy(), split.ids, data.table.classes, split.labels, meta), trainer.folder/'predictions'/name)
     return found
 

@@ -116,7 +116,8 @@ def check_weights(
     "Raises ConfigError if weights that a run begins with are not there. Called before its data are decoded."
     for name in ('start', 'scales', 'teacher'):
         if getattr(config, name) not in ('', 'none', 'initial'): weights_file(getattr(config, name), name)
-    try: isinstance(config.pretrained, str) and resolve(config.pretrained)
+    if not isinstance(config.pretrained, str): return
+    try: resolve(config.pretrained)
     except FileNotFoundError as error: raise ConfigError(f'pretrained: {error}') from error
 
 # %% ../../nbs/training/stages.ipynb #5309d641
