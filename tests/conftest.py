@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(config, items):
     # Long files first, so that two workers end together; notebooks last, since they register their models over the package's in the worker's process.
     items[:] = sorted(chosen, key=lambda item: (item.path.name == 'test_notebooks.py', item.path.name not in LONG))
     config.hook.pytest_deselected(items=left)
-    for item in items:  # a file's tests stay on one worker and share what they trained; notebooks share nothing
-        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.name))
+    for item in items:  # a file's tests stay on one worker and share what they trained; notebooks and the long kills share nothing
+        if item.path.name != 'test_notebooks.py' and 'slow' not in item.keywords: item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture

@@ -97,14 +97,15 @@ def test_killed(tmp_path, reference):
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_killed_often(tmp_path, reference):
+@pytest.mark.parametrize('first', range(100, 300, 10))
+def test_killed_often(tmp_path, reference, first):
     hits = 0
-    for seed in range(100, 300):
+    for seed in range(first, first + 10):
         home = tmp_path/str(seed)
         home.mkdir()
         hits += check_killed(home, reference, seed, kills=1 + seed % 2)
         shutil.rmtree(home)
-    assert hits > 200
+    assert hits > 10, 'of 15 kills: most came too late'
 
 
 def test_nothing_half_written_stays(warm):
