@@ -9,11 +9,11 @@ RESULTS = Path(__file__).resolve().parent/'results'
 
 
 def machine():
-    "The machine in a few words."
+    "The machine in a few words, with the instructions that torch uses."
     import torch
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     names = [line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')] if Path('/proc/cpuinfo').exists() else []
-    return f'{names[0] if names else platform.processor()}, {os.cpu_count()} cores'
+    return f'{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores'
 
 
 def write_rows(file, rows, key):
@@ -30,5 +30,5 @@ def write_rows(file, rows, key):
 
 # The traffic signs as they were trained before their boxes were used: pictures whole, RepVGG's branches. Rows that rest on these settings
 # (accuracy.py gtsrb-whole, repopt.py accuracy, int8.py of their runs) keep them.
-WHOLE_SIGNS = {'box': [], 'model': 'repvgg_m0', 'scales': '', 'input_size': 80, 'store_size': 80, 'epochs': 30,
+WHOLE_SIGNS = {'box': [], 'model': 'repvgg_m0', 'scales': '', 'input_size': 80, 'store_size': 80, 'epochs': 30, 'precision': 'bf16',
                'augment_options': {'scale': [0.7, 1.2], 'ratio': [0.85, 1.18], 'rotate': 10, 'shear': 8, 'hflip': 0, 'brightness': 0.5, 'contrast': 0.4, 'saturation': 0.3, 'erase': 0}}

@@ -91,15 +91,19 @@ def measure(name, data, rounds, steps):
         images, targets = next(other)
         step(trainer, images.to(pixels.device), targets.to(pixels.device))
 
+    def seconds_of(run):
+        began = time.perf_counter()
+        run()
+        position[0] += 1
+        return time.perf_counter() - began
+
     kinds, rates = {'A': a, 'B': b, 'C': c, 'timm': d}, {}
     for kind in kinds.values(): kind(); kind()
     for round_ in range(rounds):
-        for kind, run in kinds.items():
-            if kind == 'timm':  # its workers' queue, filled while others were measured, must not count as its speed
-                for _ in range(6): run()
-            began = time.perf_counter()
-            for _ in range(steps): run(); position[0] += 1
-            rates.setdefault(kind, []).append(steps * batch / (time.perf_counter() - began))
+        turns = [{kind: seconds_of(kinds[kind]) for kind in 'ABC'} for _ in range(steps)]  # in turns, so that a machine that slows down slows all three
+        for _ in range(6): d()  # the queue of timm's workers, filled while others were measured, must not count as its speed
+        for turn in turns: turn['timm'] = seconds_of(d)
+        for kind in kinds: rates.setdefault(kind, []).append(steps * batch / sum(turn[kind] for turn in turns))
         time.sleep(2)  # until the workers have filled their queue and rest
     rates['C1'] = [first_epoch]
     other.close()

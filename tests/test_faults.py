@@ -610,6 +610,21 @@ def test_another_precision_in_the_same_process(home):
     assert again.history.train_loss[0] == full.history.train_loss[0] != half.history.train_loss[0]
 
 
+def test_bf16_goes_on_as_it_was(home):
+    short = {'precision': 'bf16', 'epochs': 1}
+    whole = train(name='whole', **short)
+    with pytest.raises(Stopped): train(**short, stop=after(4))
+    check_same_run(train(**short).folder, whole.folder)
+
+
+@pytest.mark.parametrize('precision, slow, said_so', [('bf16', True, True), ('bf16', False, False), ('fp32', True, False)])
+def test_a_precision_without_kernels_is_said(home, monkeypatch, precision, slow, said_so):
+    said = []
+    monkeypatch.setattr(loop, 'slow_bf16', lambda device: slow)
+    with pytest.raises(Stopped): train(say=said.append, stop=after(1), precision=precision, epochs=1)
+    assert any("precision='fp32' may be many times as fast" in line for line in said) == said_so
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_exit_2_without_a_gpu(home, command):
     code, said = command('device=cuda', 'model=test_resnet')

@@ -19,6 +19,7 @@ def test_notebooks_are_found():
 @pytest.mark.parametrize('notebook', LIBRARY)
 def test_notebook(notebook, request, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('AAAI_LT_HOME', str(ROOT))  # whatever a notebook that failed has left there
     ok, _ = run_notebook(ROOT/notebook, skip_flags=get_config().tst_flags.split(), force_flags=request.config.getoption('--nb-flags').split())
     assert ok, f'{notebook} failed; its traceback is in the captured stderr'
 

@@ -331,7 +331,7 @@ def quick_config(
     start, teacher = (name if name == 'previous' else '' for name in (config.start, config.teacher))
     return dataclasses.replace(config, data=builtin, where='', columns={}, fixes='', pseudo='', group='', box=[], imbalance_factor=0.0, model=small, model_options=QUICK_OPTIONS.get(small, {}), head_options=config.head_options | QUICK_HEADS.get(config.head, {}), pretrained=False, start=start, teacher=teacher, scales=scales,
         pretrain_options={k: v for k, v in config.pretrain_options.items() if k != 'unlabelled'} | QUICK_PRETRAIN.get(config.pretrain, {}),
-        input_size=32, store_size=0, epochs=min(config.epochs, 3), warmup_epochs=min(config.warmup_epochs, 1.0), batch_size=min(config.batch_size, 64), save_every=0)
+        precision='fp32', input_size=32, store_size=0, epochs=min(config.epochs, 3), warmup_epochs=min(config.warmup_epochs, 1.0), batch_size=min(config.batch_size, 64), save_every=0)
 
 # %% ../../nbs/training/config.ipynb #b4f1c08a
 NOT_HASHED = ('name', 'workers', 'device', 'overwrite')

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['COUNTERS', 'balanced_order', 'epoch_order', 'epoch_windows', 'layers_of', 'decaying', 'decay_groups',
-           'make_optimizer', 'make_schedule', 'Progress', 'make_accelerator', 'starting_model', 'training_loss',
-           'smallest_batch', 'check_single', 'steps_per_epoch', 'Trainer', 'make_trainer', 'stateful', 'save',
-           'check_same_run', 'load_tensors', 'restore', 'load_batch', 'own_part', 'training_images', 'gather_rows',
-           'batch_loss', 'with_teacher', 'branch_decay', 'forward_backward', 'pretrain_backward', 'validation_batches',
-           'pretrain_validation', 'closing_facts', 'finish_pretraining', 'check_finite', 'window_backward',
-           'move_weights', 'train_step', 'sync_buffers', 'mean_loss', 'split_logits', 'predict', 'offset', 'judge',
-           'interactive', 'with_bar', 'windows_of_epoch', 'told_to_stop', 'save_within', 'run_epoch', 'keep_epoch',
-           'validate', 'choose', 'finish_epoch', 'mend_best', 'prior_removed_by', 'report_split', 'finish', 'line',
-           'headline', 'announce', 'start_or_continue', 'to_the_end', 'train_one', 'train']
+           'make_optimizer', 'make_schedule', 'Progress', 'make_accelerator', 'slow_bf16', 'starting_model',
+           'training_loss', 'smallest_batch', 'check_single', 'steps_per_epoch', 'Trainer', 'make_trainer', 'stateful',
+           'save', 'check_same_run', 'load_tensors', 'restore', 'load_batch', 'own_part', 'training_images',
+           'gather_rows', 'batch_loss', 'with_teacher', 'branch_decay', 'forward_backward', 'pretrain_backward',
+           'validation_batches', 'pretrain_validation', 'closing_facts', 'finish_pretraining', 'check_finite',
+           'window_backward', 'move_weights', 'train_step', 'sync_buffers', 'mean_loss', 'split_logits', 'predict',
+           'offset', 'judge', 'interactive', 'with_bar', 'windows_of_epoch', 'told_to_stop', 'save_within', 'run_epoch',
+           'keep_epoch', 'validate', 'choose', 'finish_epoch', 'mend_best', 'prior_removed_by', 'report_split',
+           'finish', 'line', 'headline', 'announce', 'start_or_continue', 'to_the_end', 'train_one', 'train']
 
 # %% ../../nbs/training/loop.ipynb #2231576b
 import copy
@@ -173,6 +173,14 @@ def make_accelerator(
     if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True)  # so that the next run of a notebook may choose anew
     if config.precision == 'fp16' and (config.device == 'cpu' or not torch.cuda.is_available()): raise ConfigError("precision='fp16' needs a GPU: use 'bf16' or 'fp32'")
     return Accelerator(cpu=config.device == 'cpu', mixed_precision={'fp32': 'no'}.get(config.precision, config.precision))
+
+# %% ../../nbs/training/loop.ipynb #af2c510b
+def slow_bf16(
+    device: torch.device,
+) -> bool:
+    "Whether bf16 gains nothing here. Without kernels for it (on a CPU: oneDNN's, from AVX-512 on) torch multiplies number by number: a step took eleven times as long as in fp32."
+    if device.type == 'cuda': return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 # %% ../../nbs/training/loop.ipynb #29943d19
 def starting_model(
@@ -789,10 +797,11 @@ def announce(
     there: bool,  # whether there is a checkpoint to go on from
     say=print,
 ) -> None:
-    "Say what begins or goes on, and of which classes nothing can be learnt."
+    "Say what begins or goes on, whether its precision is slow here, and of which classes nothing can be learnt."
     config, data, folder = trainer.config, trainer.data, trainer.folder
     if there: say(f'continuing {folder.name} at step {trainer.step}, epoch {min(trainer.epoch + 1, config.epochs)} of {config.epochs}')
     else: say(f"training {folder.name}: {len(data.splits['train']):,} images, {len(data.class_counts)} classes{f', {trainer.kind.words}' if data.table.multilabel else ''}, {data.input_size} px, on {trainer.accelerator.device}")
+    if config.precision == 'bf16' and slow_bf16(trainer.accelerator.device): say(f"{trainer.accelerator.device} has no fast kernels for bf16: precision='fp32' may be many times as fast here")
     if empty := [name for name, count in zip(data.table.classes, data.class_counts) if not count]: say(f'no training image shows {", ".join(empty[:10])}{", …" if len(empty) > 10 else ""}: nothing can be learnt of {"them" if len(empty) > 1 else "it"}')
 
 # %% ../../nbs/training/loop.ipynb #29266c3d
