@@ -214,7 +214,7 @@ def test_nothing_is_there_is_a_decision_of_several_labels_only(zoo, table, tmp_p
 
 def papermill(home, *words, **more):
     env = os.environ | {'AAAI_LT_HOME': str(home)} | more
-    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'analyse.ipynb'), str(home/'out.ipynb'), '--no-progress-bar', *words], cwd=home, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'analyse.ipynb'), str(home/'out.ipynb'), '--no-progress-bar', *words], cwd=home, env=env, capture_output=True, text=True, timeout=380)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -22,7 +22,7 @@ def papermill(home, notebook, *words, wait=True):
     command = [sys.executable, '-m', 'papermill', str(ROOT/'nbs'/notebook), str(home/'out.ipynb'), '--no-progress-bar', *words]
     process = subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     if not wait: return process
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=380)
     return process.returncode, output
 
 
