@@ -227,7 +227,6 @@ def kill_kernel(home, stage):
     return process.returncode, output
 
 
-@pytest.mark.timeout(900)
 def test_the_climb_of_the_winners_quick_by_papermill(home):
     "Pre-training, four members, two rounds, soups, blend, redistribution; and again, which only reads."
     from test_train import papermill, report
@@ -236,11 +235,10 @@ def test_the_climb_of_the_winners_quick_by_papermill(home):
     first = (home/'outputs'/'q-quick'/'submission.csv').read_bytes()
     text = report(home)
     assert 'q-quick-pretrain-vit_ce' in text and '+ redistribution' in text and 'one seed' in text and len(first.splitlines()) == 356
-    runs = {p.parent.name: p.read_bytes() for p in (home/'outputs').glob('*/stage.json')}
-    code, output = papermill(home, *WINNERS)
-    assert code == 0, output[-3000:]
+    runs, said = {p.parent.name: p.read_bytes() for p in (home/'outputs').glob('*/stage.json')}, []
+    climb(ladder_settings(**recipe('accv_climb') | {'quick': True, 'name': 'q'}), say=said.append)
     assert (home/'outputs'/'q-quick'/'submission.csv').read_bytes() == first and {p.parent.name: p.read_bytes() for p in (home/'outputs').glob('*/stage.json')} == runs
-    assert 'epoch   1' not in report(home)
+    assert said and not [line for line in said if line.startswith(('training', 'epoch'))]
 
 
 @pytest.mark.slow

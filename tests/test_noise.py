@@ -248,6 +248,7 @@ def test_out_of_fold_sees_no_image_it_judges(home, monkeypatch):
     assert part.hash != data.hash and part.class_counts.sum() == len(part.splits['train'])
 
 
+@pytest.mark.slow  # the notebook of analysis/noise plants, finds and mends in every run of the tests
 def test_cleaning_finds_planted_noise(home):
     "End to end on digits: planted, trained, cleaned, read by a run; better than chance by far, and no held-out image touched."
     truth = plant_noise(read_builtin('digits'), home/'noisy')
