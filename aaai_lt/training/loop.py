@@ -178,7 +178,7 @@ def make_accelerator(
 def slow_bf16(
     device: torch.device,
 ) -> bool:
-    "Whether bf16 gains nothing here. Without kernels for it (on a CPU: oneDNN's, from AVX-512 on) torch multiplies number by number: a step took eleven times as long as in fp32."
+    "Whether bf16 gains nothing here. Without kernels for it (on a CPU: oneDNN's, from AVX-512 on) torch multiplies number by number, many times as slowly as in fp32."
     if device.type == 'cuda': return not torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == 'cpu' and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
