@@ -2,6 +2,7 @@
 import os
 import random
 import shutil
+import signal
 import time
 import zipfile
 
@@ -572,6 +573,22 @@ def test_damaged_store(tmp_path, name, damage):
     place = built(folder, tmp_path/'stores').folder
     damage(place/name)
     with pytest.raises(StorageError, match=place.name): built(folder, tmp_path/'stores')
+
+
+@pytest.mark.parametrize(('error', 'tell'), [(ValueError, None), (KeyboardInterrupt, lambda: os.kill(os.getpid(), signal.SIGINT))])
+def test_work_that_is_broken_off(error, tell):
+    "An error, or a person who presses stop: the threads end what they have in hand and begin nothing more."
+    done = []
+    def work(item):
+        if item == 20: tell() if tell else int('x')
+        time.sleep(0.005)
+        done.append(item)
+        return item
+    with pytest.raises(error): scan.in_parallel(work, list(range(1000)), workers=3, progress=False)
+    ended = len(done)
+    assert 17 <= ended < 200
+    time.sleep(0.05)
+    assert len(done) == ended and scan.in_parallel(lambda item: -item, [3, 1, 2], workers=3, progress=False) == [-3, -1, -2] and scan.in_parallel(work, [], progress=False) == []
 
 
 def test_store_needs_room(tmp_path):

@@ -16,9 +16,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from ..core import DataError, nearest, root, table
+from ..core import DataError, nearest, root, table, whole_folder
 from .longtail import tail_counts
-from .pixels import whole_folder
 from .table import ImageTable, read_csv
 
 # %% ../../nbs/data/builtin.ipynb #849c4459

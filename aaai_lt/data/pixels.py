@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['RESIZE', 'STORE_VERSION', 'to_square', 'store_bytes', 'check_room', 'PixelStore', 'store_key', 'open_store', 'sweep',
-           'whole_folder', 'write_store', 'build_store', 'leave_out']
+           'write_store', 'build_store', 'leave_out']
 
 # %% ../../nbs/data/pixels.ipynb #659d3081
 import hashlib
 import json
 import os
 import shutil
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from ..core import DISK, StorageError, root, write_json
+from ..core import StorageError, root, whole_folder, write_json
 from .boxes import open_row
 from .decode import MAX_PIXELS, BadImage
 from .scan import in_parallel, quarantine
@@ -113,21 +111,6 @@ def sweep(
     for left in folder.glob('*.tmp'):
         pid = left.name.split('.')[-2]
         if pid.isdecimal() and not Path(f'/proc/{pid}').exists() and Path('/proc').exists(): shutil.rmtree(left, ignore_errors=True)
-
-# %% ../../nbs/data/pixels.ipynb #b81ef1b9
-@contextmanager
-def whole_folder(
-    place: Path,  # to be made
-):  # yields the folder to write
-    "A folder beside its place that moves there when all is written, and goes if anything fails. If another process was first, its folder stays: what both write is the same."
-    beside = place.with_name(f'{place.name}.{time.monotonic_ns()}.{os.getpid()}.tmp')
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        try: DISK.rename(beside, place)
-        except OSError:
-            if not place.exists(): raise
-    finally: shutil.rmtree(beside, ignore_errors=True)
 
 # %% ../../nbs/data/pixels.ipynb #9740bb4b
 def write_store(

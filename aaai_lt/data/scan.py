@@ -10,6 +10,7 @@ __all__ = ['SUFFIX_FORMATS', 'SCAN_COLUMNS', 'UNUSABLE', 'scan_file', 'in_parall
 import hashlib
 import os
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -50,11 +51,19 @@ def in_parallel(
     label: str = '',  # of the progress bar
     progress: bool = True,
 ) -> list:
-    "The function's results in the order of the items, computed by threads (Pillow and hashing release the interpreter)."
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, warnings.catch_warnings():
+    "The function's results in the order of the items, computed by threads (Pillow and hashing release the interpreter). The first error, or an interruption, ends it once the threads have done the items in their hands."
+    left, results, threads = iter(enumerate(items)), [None] * len(items), workers or os.cpu_count()
+    bar = tqdm(total=len(items), desc=label, disable=not progress, mininterval=1.0, leave=False)
+    def work():
+        try:
+            for at, item in left: results[at] = function(item); bar.update()
+        finally: deque(left, maxlen=0)  # whatever ends this thread, no other begins anything new
+    with bar, ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # our own limit speaks for itself
-        try: return list(tqdm(pool.map(function, items), total=len(items), desc=label, disable=not progress, mininterval=1.0, leave=False))
-        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise  # what has not begun is left, so that whoever stops this need not wait for all of it
+        try:
+            for future in [pool.submit(work) for _ in range(threads)]: future.result()
+        finally: deque(left, maxlen=0)
+    return results
 
 # %% ../../nbs/data/scan.ipynb #0c7090c0
 def copy_problems(

@@ -6,10 +6,12 @@
 __all__ = ['settings_from', 'usage', 'stop_on_signals', 'main']
 
 # %% ../../nbs/training/launch.ipynb #8bc05a3f
+import os
+import shutil
 import signal
 import sys
 
-from ..core import ConfigError, DataError, DivergedError, Stopped, StorageError, packaged, recipe
+from ..core import UNFINISHED, ConfigError, DataError, DivergedError, Stopped, StorageError, packaged, recipe
 from .config import describe_settings, make_config, parse_settings, read_settings
 
 # %% ../../nbs/training/launch.ipynb #9141b3a7
@@ -34,11 +36,14 @@ def usage() -> str:
 
 # %% ../../nbs/training/launch.ipynb #c171b274
 def stop_on_signals():  # -> a function for `train(stop=…)`: whether a signal has come
-    "From now on SIGTERM and SIGINT are heard: the first raises Stopped if what is returned here was never called, which is what training does after each step. Else they are only noted."
+    "From now on SIGTERM and SIGINT are heard. The first ends the process with exit code 75 if what is returned here was never called, which is what training does after each step. Else they are only noted."
     heard, asked = [], []
     def hear(number, frame):
         heard.append(number)
-        if len(heard) == 1 and not asked: raise Stopped('stopped before the first step since this start: nothing was trained yet, and nothing is lost; the same command begins again')
+        if asked or len(heard) > 1: return
+        os.write(2, b'Stopped: stopped before the first step since this start: nothing was trained yet, and nothing is lost; the same command begins again\n')
+        for folder in list(UNFINISHED): shutil.rmtree(folder, ignore_errors=True)
+        os._exit(Stopped.exit_code)
     def stop():
         asked[:] = [True]
         return bool(heard)
