@@ -584,7 +584,10 @@ def test_work_that_is_broken_off(error, tell):
         time.sleep(0.005)
         done.append(item)
         return item
-    with pytest.raises(error): scan.in_parallel(work, list(range(1000)), workers=3, progress=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have set it to be ignored
+    try:
+        with pytest.raises(error): scan.in_parallel(work, list(range(1000)), workers=3, progress=False)
+    finally: signal.signal(signal.SIGINT, before)
     ended = len(done)
     assert 17 <= ended < 200
     time.sleep(0.05)
