@@ -5,6 +5,8 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 TESTS := python -m pytest -n 2 --dist loadgroup
+# Python keeps what it has compiled: where it is told not to, every process compiles torch again, which takes longer than importing it.
+unexport PYTHONDONTWRITEBYTECODE
 export PYTHONWARNINGS = ignore::DeprecationWarning
 
 .PHONY: help setup train test recipes slow lab docs check bench clean
