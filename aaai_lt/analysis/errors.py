@@ -118,13 +118,14 @@ def show_pairs(
     predictions: Predictions,
     table: ImageTable,  # that holds the images
     pairs: pd.DataFrame,  # from `confused_pairs`
-    columns: int = 8,
+    columns: int = 8,  # at most
 ) -> Figure:
     "Images of each confused pair, the most confident error first, with the probability of what was said."
-    where, lines = table.frame.drop_duplicates('path').set_index('path', drop=False), max(len(pairs), 1)
-    fig, axes = plt.subplots(lines, columns, figsize=(columns * 1.1, lines * 1.35), squeeze=False, layout='constrained', subplot_kw=BARE)
-    for pair, line in zip(pairs.itertuples(), axes):
-        p = taken_for(predictions, pair.true, pair.said).head(columns)
+    where = table.frame.drop_duplicates('path').set_index('path', drop=False)
+    mistaken = [taken_for(predictions, pair.true, pair.said).head(columns) for pair in pairs.itertuples()]
+    lines, columns = max(len(mistaken), 1), max(map(len, mistaken), default=1)
+    fig, axes = plt.subplots(lines, columns, figsize=(1 + columns * 1.1, lines * 1.35), squeeze=False, layout='constrained', subplot_kw=BARE)
+    for pair, p, line in zip(pairs.itertuples(), mistaken, axes):
         rows = where.loc[table.paths(p.index)].assign(below=[f'{share:.0%}' for share in p])
         draw_images(line, table, rows, f'{pair.true}\ntaken for\n{pair.said}')
     return fig
