@@ -439,6 +439,7 @@ def test_the_notebook_blends_and_submits(runs, module_home):
     assert set(pd.read_csv(folder/'weightings.csv').weights) == set(WEIGHTS) and json.loads((folder/'predictions'/'test'/'meta.json').read_text())['kind'] == 'probabilities'
 
 
+@pytest.mark.recipes
 def test_the_notebook_with_several_labels(home):
     "Two quick members on mosaics: the mAP with its interval, what each member adds, and the submission in the order of the sample, which the blend's scores are in."
     members = [train(make_config(data='digits-mosaic:0.1', model='test_resnet', loss=name, quick=True, batch_size=16, device='cpu', name=name, resize=resize), say=silent) for name, resize in (('asl', 'squash'), ('zlpr', 'pad'))]

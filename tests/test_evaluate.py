@@ -117,6 +117,7 @@ def test_the_notebook_on_images_without_labels(run, tmp_path):
     assert list(pd.read_csv(space['folder']/'predictions.csv').columns[:3]) == ['file', 'predicted', 'p 0']
 
 
+@pytest.mark.recipes
 def test_the_report_of_several_labels(mosaic, module_home):
     "Thresholds of validation decide the test images; every section has something to say of them."
     code, output = papermill(module_home, 'evaluate.ipynb', '-p', 'run', 'mosaic', '-p', 'split', 'test')

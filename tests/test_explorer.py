@@ -427,7 +427,7 @@ def test_in_a_browser(tmp_path, home, pets, zoo):
     folder = tmp_path/'lab'
     (folder/'work').mkdir(parents=True)
     with_parameters('analyse.ipynb', folder/'work'/'analyse.ipynb', data=str(pets), pixels=False)
-    with_parameters('train.ipynb', folder/'work'/'train.ipynb', name='watched', epochs=8)
+    with_parameters('train.ipynb', folder/'work'/'train.ipynb', name='watched', model='test_resnet', input_size=32, epochs=8)
     widgets_notebook(folder/'work'/'widgets.ipynb', LABELS.format(file=str(zoo.root/'labels.csv'), fixes=str(home/'outputs'/'zoo-fixes.csv')))
     lab, errors = Lab(folder, home), []
     try:

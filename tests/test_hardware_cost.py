@@ -311,13 +311,14 @@ def test_profile_notebook(home):
     assert code != 0 and "unknown parameter 'epochs'" in output
 
 
+@pytest.mark.recipes
 def test_profile_of_a_finished_run(home):
     "What int8 did to the run, and its latency on this machine."
     from test_train import papermill
 
     from aaai_lt.training.config import make_config
     from aaai_lt.training.loop import train
-    run = train(make_config(data='digits', quick=True, name='mine'), say=lambda text: None)
+    run = train(make_config(data='digits', quick=True, model='test_resnet', input_size=32, name='mine'), say=lambda text: None)
     code, output = papermill(home, 'profile.ipynb', '-p', 'models', '[]', '-p', 'run', 'mine', '-p', 'pictures', '1')
     assert code == 0, output[-3000:]
     int8, times = pd.read_csv(run.folder/'int8.csv'), pd.read_csv(run.folder/'latency.csv')

@@ -220,6 +220,7 @@ def test_images_without_labels(home):
     assert pretrain.plot_reconstruction(run, data, count=3).axes
 
 
+@pytest.mark.recipes
 def test_quick_papermill(home):
     "The stages of a recipe in quick form, with pictures and a probe in the report."
     from test_train import papermill, report
