@@ -27,13 +27,13 @@ train: $(READY)  ## the main job on the built-in data: outputs/train.ipynb is th
 	@$(RUN) papermill nbs/train.ipynb outputs/train.ipynb --no-progress-bar --log-output 2>&1 | grep -v -e 'without encryption' -e '^$$' -e '^Executing Cell' -e '^Ending Cell' -e '^<' ; exit $${PIPESTATUS[0]}
 	@echo "the report: outputs/train.ipynb (make lab opens it)"
 
-test: $(READY)   ## all tests but the slow ones
+test: $(READY)   ## the tests, in minutes; `make recipes` runs the others that a change must pass
 	@$(RUN) $(TESTS) $(ARGS)
 
-recipes: $(READY) ## every recipe, quick
+recipes: $(READY) ## every recipe, quick, and the longer tests and notebooks
 	@$(RUN) $(TESTS) --recipes --timeout=600 $(ARGS)
 
-slow: $(READY)   ## also hundreds of kills, and the cells marked slow
+slow: $(READY)   ## all of them, with hundreds of kills and the cells marked slow
 	@$(RUN) $(TESTS) --slow --nb-flags slow --timeout=7200 $(ARGS)
 
 lab: $(READY)    ## JupyterLab on the run notebooks

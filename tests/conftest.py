@@ -19,7 +19,7 @@ LONG = ('test_train.py', 'test_evaluate.py', 'test_compare.py', 'test_explorer.p
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow: hundreds of kills, full-length runs')
-    parser.addoption('--recipes', action='store_true', help='run every quick recipe, and nothing else')
+    parser.addoption('--recipes', action='store_true', help='run every quick recipe and the other long tests that every change must pass, and nothing else')
     parser.addoption('--nb-flags', default='', help='nbdev test flags to run too, such as "slow gpu"')
 
 
@@ -28,13 +28,13 @@ def pytest_collection_modifyitems(config, items):
     slow, recipes = config.getoption('--slow'), config.getoption('--recipes')
     chosen, left = [], []
     for item in items:
-        fits = 'recipes' in item.keywords if recipes else 'recipes' not in item.keywords and (slow or 'slow' not in item.keywords)
+        fits = (slow or 'slow' not in item.keywords) and ('recipes' in item.keywords if recipes else slow or 'recipes' not in item.keywords)
         (chosen if fits else left).append(item)
     # Long files first, so that two workers end together; notebooks last, since they register their models over the package's in the worker's process.
     items[:] = sorted(chosen, key=lambda item: (item.path.name == 'test_notebooks.py', item.path.name not in LONG))
     config.hook.pytest_deselected(items=left)
-    for item in items:  # a file's tests stay on one worker and share what they trained; notebooks and the long kills share nothing
-        if item.path.name != 'test_notebooks.py' and 'slow' not in item.keywords: item.add_marker(pytest.mark.xdist_group(item.path.name))
+    for item in items:  # a file's tests stay on one worker and share what they trained; notebooks, recipes and the long kills share nothing
+        if item.path.name != 'test_notebooks.py' and not {'slow', 'recipes'} & set(item.keywords): item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture

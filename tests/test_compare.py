@@ -21,6 +21,7 @@ SETTINGS = {'data': 'digits', 'quick': True, 'epochs': 1, 'warmup_epochs': 0.5, 
 def silent(text): pass
 
 
+@pytest.mark.recipes
 def test_the_notebook_compares_what_it_is_given(home):
     code, output = papermill(home, 'compare.ipynb', '-p', 'losses', '["cross_entropy", "balanced_softmax"]', '-p', 'seeds', '[0, 1]', '-p', 'quick', 'True', '-p', 'settings', '{"epochs": 1, "warmup_epochs": 0.5}', '-p', 'split', 'test')
     assert code == 0, output[-3000:]

@@ -223,6 +223,7 @@ def printed(home):
     return '\n'.join(''.join(o.get('text', [])) + ''.join(o.get('data', {}).get('text/plain', [])) for c in cells for o in c.get('outputs', []))
 
 
+@pytest.mark.recipes
 def test_the_report_of_a_run_with_corrections(home, pets):
     "Analyse shows a run's errors; what was decided is applied, what stays in doubt is listed; as in a session of Jupyter the widgets are made too."
     from aaai_lt.training.config import make_config

@@ -47,6 +47,7 @@ def check(model, images, tmp_path, **inside):
     return file
 
 
+@pytest.mark.recipes
 @pytest.mark.parametrize('name', [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)])
 def test_families(name, digits, tmp_path):
     model, images = made(name, digits)
@@ -66,6 +67,7 @@ def test_heads_with_everything_inside(head, options, digits, tmp_path):
 TRANSFORMERS = {'vit_tiny_patch16_224': {'depth': 2}, 'swin_tiny_patch4_window7_224': {'embed_dim': 24, 'depths': (1, 1, 1, 1)}, 'cvt_nano': {'depths': (1, 1, 1)}}
 
 
+@pytest.mark.recipes
 @pytest.mark.parametrize('name', [*TRANSFORMERS][:2] + [pytest.param('cvt_nano', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('head', ['ml_decoder', 'query2label'])
 def test_heads_that_read_the_map(name, head, digits, tmp_path):

@@ -134,6 +134,7 @@ def test_memory_options():
     assert totals(plain, '').iloc[0][['macs', 'parameters', 'memory_bytes']].tolist() == [plain.macs.sum(), plain.parameters.sum(), plain.memory_bytes.max()]
 
 
+@pytest.mark.recipes
 @pytest.mark.parametrize('name', ['resnet10t', 'mobilenetv2_050', 'vit_tiny_patch16_224'])
 def test_onnx_has_the_same_rows(tmp_path, name):
     model = make_model(name, 7, input_size=64)

@@ -227,6 +227,7 @@ def kill_kernel(home, stage):
     return process.returncode, output
 
 
+@pytest.mark.recipes
 def test_the_climb_of_the_winners_quick_by_papermill(home):
     "Pre-training, four members, two rounds, soups, blend, redistribution; and again, which only reads."
     from test_train import papermill, report

@@ -161,7 +161,7 @@ def in_float64(words):
 COMMAND = ['model=convnext_atto', 'input_size=32', 'epochs=4', 'batch_size=7', 'optimizer=sgd', 'lr=0.02', 'warmup_epochs=0', 'weight_decay=0.0', 'device=cpu', 'workers=1', 'val_fraction=0.25']
 
 
-@pytest.mark.parametrize('loss, options', [('two_way', '{}'), ('asl', '{reduction: sum}')])
+@pytest.mark.parametrize('loss, options', [pytest.param('two_way', '{}', marks=pytest.mark.recipes), ('asl', '{reduction: sum}')])
 def test_two_processes_train_as_one(home, images, loss, options):
     "Losses that couple the rows of a batch, or add them up; batches that do not divide evenly; over 20 steps in double precision."
     for name, world in (('one', 1), ('two', 2)):

@@ -101,6 +101,7 @@ def test_calibration_is_the_same_however_images_are_cut_and_keeps_no_batch(tmp_p
     assert np.isclose(float(cut.highest), np.quantile(np.abs(images), 0.95), rtol=0.02)
 
 
+@pytest.mark.recipes
 @pytest.mark.parametrize('name', ['repvgg_m0', 'mobilenetv3_small_050', 'vit_tiny_patch16_224', *(pytest.param(name, marks=pytest.mark.slow) for name in ('resnet10t', 'convnext_atto'))])
 def test_families_stay_close_to_float(name, tmp_path):
     torch.manual_seed(0)
