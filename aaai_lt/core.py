@@ -191,7 +191,7 @@ def write_json(path, value, disk: Disk = None):
     write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + '\n', disk)
 
 # %% ../nbs/core.ipynb #b81ef1b9
-UNFINISHED = set()  # folders that this process is writing
+UNFINISHED = set()  # folders that this process is writing: whoever ends it at once (training/launch) clears them away
 
 
 @contextmanager

@@ -18,7 +18,7 @@ LONG = ('test_train.py', 'test_evaluate.py', 'test_compare.py', 'test_explorer.p
 
 
 def pytest_addoption(parser):
-    parser.addoption('--slow', action='store_true', help='also run the tests marked slow: hundreds of kills, full-length runs')
+    parser.addoption('--slow', action='store_true', help='run all tests, also those marked slow: hundreds of kills, full-length runs')
     parser.addoption('--recipes', action='store_true', help='run every quick recipe and the other long tests that every change must pass, and nothing else')
     parser.addoption('--nb-flags', default='', help='nbdev test flags to run too, such as "slow gpu"')
 

@@ -581,7 +581,7 @@ def test_work_that_is_broken_off(error, tell):
     done = []
     def work(item):
         if item == 20: tell() if tell else int('x')
-        time.sleep(0.005)
+        time.sleep(0.02)
         done.append(item)
         return item
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have set it to be ignored
@@ -590,7 +590,7 @@ def test_work_that_is_broken_off(error, tell):
     finally: signal.signal(signal.SIGINT, before)
     ended = len(done)
     assert 17 <= ended < 200
-    time.sleep(0.05)
+    time.sleep(0.1)
     assert len(done) == ended and scan.in_parallel(lambda item: -item, [3, 1, 2], workers=3, progress=False) == [-3, -1, -2] and scan.in_parallel(work, [], progress=False) == []
 
 

@@ -1,4 +1,4 @@
-"Every library notebook runs from top to bottom (`#| slow` and `#| gpu` cells only if --nb-flags names them), and all is in sync."
+"Every library notebook runs from top to bottom, the longer ones with `make recipes` (`#| slow` and `#| gpu` cells only if --nb-flags names them), and all is in sync."
 import subprocess
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from nbdev.test import test_nb as run_notebook
 NOTEBOOKS = sorted(Path(p).resolve().relative_to(ROOT).as_posix() for p in nbglob(ROOT/'nbs'))
 LIBRARY = [n for n in NOTEBOOKS if n.count('/') > 1 or n == 'nbs/core.ipynb']
 LONG = [f'nbs/{name}.ipynb' for name in ('analysis/attention', 'analysis/comparison', 'analysis/explorer', 'analysis/gradcam', 'analysis/noise', 'challenge/ladder', 'ensemble/inference', 'ensemble/pseudo',
-        'hardware/export', 'hardware/latency', 'hardware/memory', 'hardware/quantize', 'models/repopt', 'training/evaluate', 'training/folds', 'training/pretrain')]  # with the recipes, since their examples train or compile
+        'hardware/export', 'hardware/latency', 'hardware/memory', 'hardware/quantize', 'models/repopt', 'training/evaluate', 'training/folds', 'training/pretrain')]  # with the recipes: each took more than twenty seconds on a slow machine
 
 
 def test_notebooks_are_found():
