@@ -8,10 +8,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 from common import machine, write_rows
 
-from aaai_lt.hardware.export import open_onnx
 from aaai_lt.hardware.latency import Candidate, measure_latency
 from aaai_lt.hardware.quantize import METHODS, calibrate, calibration_rows, equalised, float_file, image_batches, input_form, int8_report, layer_errors, predict_onnx, prepare_float, quantise
 from aaai_lt.training.evaluate import run_data, run_model

@@ -1,12 +1,10 @@
 "What the analysis notebooks cannot show: a million rows in seconds, corrections that are refused, tails by their definitions, and the report by papermill."
 import dataclasses
-import json
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 from helpers import image_folder, noise
 from hypothesis import given
 from hypothesis import strategies as st

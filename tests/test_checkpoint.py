@@ -128,7 +128,7 @@ def check_storage_error(tmp_path, code, when):
         try: save(folder, NEW, Saboteur(at, when, strike))
         except StorageError as error: assert error.errno == code and str(folder/f'step-{NEW:08}') in error.strerror and os.strerror(code) in error.strerror
         else:
-            committed = check_holds(folder, (NEW,))  # reported as saved, so it is
+            check_holds(folder, (NEW,))  # reported as saved, so it is
             if when != 'during' or at > LAST: break
         assert digest(folder/f'step-{OLD:08}') == before
         check_holds(folder, (OLD, NEW))

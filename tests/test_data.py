@@ -20,6 +20,7 @@ from aaai_lt.data import table as table_module
 from aaai_lt.data.decode import BadImage, decode
 from aaai_lt.data.longtail import cut_tail
 from aaai_lt.data.table import ImageTable, read_images
+from aaai_lt.data.unlabelled import read_unlabelled
 from aaai_lt.hardware.export import export_run
 from aaai_lt.training.config import make_config
 from aaai_lt.training.evaluate import evaluate
@@ -168,6 +169,19 @@ def test_links_that_lead_back_or_nowhere_are_listed(tmp_path):
     assert list(read.frame.path) == ['a/000.png', 'a/001.png', 'b/000.png', 'b/001.png', 'b/far/x/000.png'] and read.classes == ('a', 'b')
     assert dict(zip(read.problems.path, read.problems.reason)) == {'a/up': 'not a file', 'a/higher': 'not a file', 'a/self': 'missing', 'a/gone.png': 'missing', 'gone': 'missing', 'b/here': 'not a file', 'b/far/x/back': 'not a file'}
     with pytest.raises(DataError, match='3 images cannot be used'): scan.scan(read, bad_images='fail', progress=False)
+
+
+def test_images_without_labels_are_looked_for_as_classes_are(tmp_path):
+    "Links followed but not in circles, hidden folders left alone, and what is not used is listed."
+    folder = image_folder(tmp_path/'set', {'a': 2})
+    image_folder(tmp_path/'far', {'x': 1})
+    for place, target in (('a/up', folder), ('gone.png', 'nowhere.png'), ('far', tmp_path/'far')): (folder/place).symlink_to(target)
+    noise(folder/'.ipynb_checkpoints'/'0.png', 9)
+    (folder/'notes.txt').write_text('')
+    read = read_unlabelled(folder)
+    assert list(read.frame.path) == ['a/000.png', 'a/001.png', 'far/x/000.png'] and set(read.frame.split) == {'new'}
+    assert dict(zip(read.problems.path, read.problems.reason)) == {'.ipynb_checkpoints': 'hidden folder', 'a/up': 'not a file', 'gone.png': 'missing', 'notes.txt': 'not an image name'}
+    assert dict(zip(read.problems.path, read.problems.action))['gone.png'] == 'left out'
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

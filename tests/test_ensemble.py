@@ -92,7 +92,6 @@ def test_batch_statistics_do_not_see_dropout():
 
 
 def test_soups_are_runs(runs, module_home):
-    one = runs[0]
     made = soup(['one/epochs'], 'kitchen', say=silent)
     assert made.finished and made.summary['members'] == ['one/epochs/epoch-002.safetensors', 'one/epochs/epoch-003.safetensors'] and made.summary['soup'] == 'uniform'
     state, members = load_file(made.folder/'best.safetensors'), [load_file(f) for f in member_files(['one/epochs'])]

@@ -353,7 +353,7 @@ def test_a_class_without_images_is_blank():
 
 @given(st.integers(0, 10 ** 6), st.sampled_from([1, 2, 10, 15]))
 def test_calibration_error_is_that_of_torchmetrics(seed, bins):
-    from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+    from torchmetrics.functional.classification import multiclass_calibration_error
     p = random_predictions(seed=seed)
     score = torch.from_numpy(probabilities(p))
     assert np.isclose(calibration_error(reliability(*top_confidence(p), bins)), multiclass_calibration_error(score, torch.from_numpy(p.targets), 5, n_bins=bins).item(), atol=1e-5)

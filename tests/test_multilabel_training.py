@@ -1,5 +1,4 @@
 "Training on several labels an image: settings that do not fit, losses over processes, resuming, judging, exporting."
-import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +12,7 @@ from test_distributed import together
 
 from aaai_lt.core import ConfigError, DataError, Stopped
 from aaai_lt.data.augment import augment_batch, augment_options, draws
-from aaai_lt.data.predictions import load_predictions, probabilities
+from aaai_lt.data.predictions import probabilities
 from aaai_lt.hardware.export import export_run, read_metadata
 from aaai_lt.training import loop
 from aaai_lt.training.config import make_config, quick_config

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
 from aaai_lt.core import ConfigError
 from aaai_lt.data.augment import augment_batch, augment_options, draws, erase

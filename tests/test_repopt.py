@@ -1,5 +1,4 @@
 "RepOpt: counts, scales and their files, the two optimizers against their formulas and against the branches they stand for, and runs in stages that are killed and go on."
-import dataclasses
 import shutil
 
 import numpy as np

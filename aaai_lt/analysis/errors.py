@@ -22,7 +22,7 @@ from .counts import BAND_COLOURS, BARE, draw_accuracy, draw_images, name_classes
 from ..core import plot_text
 from ..data.predictions import Predictions, probabilities
 from ..data.table import ImageTable
-from ..training.metrics import confusion_matrix, per_class
+from ..training.metrics import confusion_matrix
 
 # %% ../../nbs/analysis/errors.ipynb #fefbd28e
 def worst_first(

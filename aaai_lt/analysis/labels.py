@@ -7,8 +7,6 @@ __all__ = ['read_label_matrix', 'describe_labels', 'prevalence', 'plot_label_cou
            'label_pairs', 'grouped_order', 'plot_correlation', 'say_labels']
 
 # %% ../../nbs/analysis/labels.ipynb #80d7678d
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd

@@ -21,7 +21,7 @@ from matplotlib.ticker import PercentFormatter
 from scipy.stats import binom
 from sklearn.metrics import precision_recall_curve
 
-from .calibration import bin_scores, calibration_error, draw_reliability, reliability
+from .calibration import bin_scores, draw_reliability, reliability
 from .roc import telling_classes
 from ..core import DataError, plot_text
 from ..data.predictions import Predictions, probabilities

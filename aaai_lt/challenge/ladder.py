@@ -43,6 +43,7 @@ from ..data.pseudo import plain_name
 from ..data.scan import scan
 from ..data.split import not_held_out
 from ..data.table import ImageTable
+from ..data.unlabelled import read_unlabelled
 
 # %% ../../nbs/challenge/ladder.ipynb #5de68c66
 from ..ensemble.blend import MEASURES, WEIGHTS, blend, learn_weights
@@ -53,7 +54,7 @@ from ..ensemble.submission import FORMATS, submit
 from ..models.tta import VIEWS
 from ..training.checkpoint import tensor_bytes
 from ..training.config import NOT_HASHED, Config, SplitSettings, check_type, make_config, place_settings, portable_place, quick_config, to_yaml
-from ..training.evaluate import as_predictions, per_class_of, predict_images, read_unlabelled, run_model
+from ..training.evaluate import as_predictions, per_class_of, predict_images, run_model
 from ..training.folds import features_of, out_of_fold, probe_out_of_fold
 from ..training.loop import train_one
 from ..training.metrics import summarise

@@ -9,7 +9,6 @@ __all__ = ['RESIZE', 'STORE_VERSION', 'to_square', 'store_bytes', 'check_room', 
 # %% ../../nbs/data/pixels.ipynb #659d3081
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, nearest
-from .table import ImageTable, label_matrix, label_sets
+from .table import ImageTable, label_matrix
 
 # %% ../../nbs/data/split.ipynb #3f811e80
 def draw(

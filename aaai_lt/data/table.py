@@ -7,11 +7,11 @@ __all__ = ['PROBLEM_COLUMNS', 'IMAGE_SUFFIXES', 'SPLIT_NAMES', 'SEPARATORS', 'MA
            'SEVERAL', 'FIX_COLUMNS', 'FIX_ACTIONS', 'ImageTable', 'summary_of_splits', 'natural_key', 'is_image_name',
            'check_filled', 'fitting_names', 'index_labels', 'label_matrix', 'label_sets', 'find_separator',
            'index_names', 'label_columns', 'index_marks', 'look_into', 'split_folders', 'class_folders', 'with_parents',
-           'files_below', 'list_folder', 'same_numbers', 'read_folder', 'zip_members', 'find_archives', 'inside_folder',
-           'open_zip', 'read_bytes', 'no_column', 'find_columns', 'read_labels', 'read_splits', 'own_columns',
-           'listed_again', 'unusable_rows', 'table_from_rows', 'other_separator', 'read_csv', 'read_list',
-           'move_labels', 'cut', 'find_csv', 'read_images', 'parse_label', 'read_text_columns', 'read_fixes',
-           'apply_fixes']
+           'files_below', 'action_for', 'list_folder', 'same_numbers', 'read_folder', 'zip_members', 'find_archives',
+           'inside_folder', 'open_zip', 'read_bytes', 'no_column', 'find_columns', 'read_labels', 'read_splits',
+           'own_columns', 'listed_again', 'unusable_rows', 'table_from_rows', 'other_separator', 'read_csv',
+           'read_list', 'move_labels', 'cut', 'find_csv', 'read_images', 'parse_label', 'read_text_columns',
+           'read_fixes', 'apply_fixes']
 
 # %% ../../nbs/data/table.ipynb #c3bd6c6b
 import os
@@ -290,6 +290,12 @@ def files_below(
     found = [(folder/name, '' if is_image_name(name) else 'not an image name', '') for name in files] + [(folder/name, *why) for name, why in odd.items()]
     return found + [row for name in folders for row in files_below(folder/name, above.union(around))]
 
+def action_for(
+    reason: str,  # from `files_below`
+) -> str:
+    "What is done with a file that is not used: images that cannot be had are left out, what is no image is ignored."
+    return 'left out' if reason in ('missing', 'unreadable') else 'ignored'
+
 # %% ../../nbs/data/table.ipynb #980ff45b
 NO_IMAGES = 'class without images'
 
@@ -322,7 +328,7 @@ def read_folder(
     "Images in a folder for each class. Files without an image's suffix are listed as problems."
     folder = Path(folder)
     listed = list_folder(folder)
-    problems = [(r.path, r.split, None, r.reason, r.detail, 'left out' if r.reason in ('missing', 'unreadable') else 'ignored') for r in listed[listed.reason != ''].itertuples()]
+    problems = [(r.path, r.split, None, r.reason, r.detail, action_for(r.reason)) for r in listed[listed.reason != ''].itertuples()]
     frame = listed[listed.reason == ''].drop(columns=['reason', 'detail'])
     if not len(frame): raise DataError(f'{folder} holds no images of a class: a folder for each class with {", ".join(IMAGE_SUFFIXES)} files in it is expected')
     classes = tuple(sorted(frame.class_name.unique(), key=natural_key))

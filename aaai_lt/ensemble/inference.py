@@ -12,11 +12,9 @@ import time
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ..core import ConfigError, DataError, nearest, recipe, root
 from ..data.pixels import build_store
-from ..data.predictions import Predictions
 from .blend import blend, check_measure, measured
 from ..training.config import CHOICES, make_config
 from ..training.evaluate import as_predictions, latest_run, other_data, predict_together, run_data, run_model

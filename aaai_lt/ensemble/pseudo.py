@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from ..core import ConfigError, DataError, nearest, plot_text, write_file
 from ..data.longtail import BANDS, bands, gini, imbalance_factor
 from ..data.predictions import Predictions, probabilities
-from ..data.pseudo import add_pseudo
 
 # %% ../../nbs/ensemble/pseudo.ipynb #6bcece7e
 def aligned(

@@ -8,8 +8,6 @@ __all__ = ['STATUS', 'MEASURES', 'count', 'published_latency', 'device_name', 'l
            'rank_correlations', 'draw_models', 'draw_against', 'plot_against']
 
 # %% ../../nbs/hardware/devices.ipynb #3b52747b
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure

@@ -9,7 +9,6 @@ __all__ = ['BACKENDS', 'Candidate', 'noise_int8', 'candidate', 'compiled_form', 
 
 # %% ../../nbs/hardware/latency.ipynb #813ab397
 import copy
-import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -6,7 +6,6 @@
 __all__ = ['TEACHER', 'teacher_targets', 'distillation', 'check_teacher']
 
 # %% ../../nbs/losses/distillation.ipynb #d15710a3
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -7,8 +7,6 @@ __all__ = ['ldam_margins', 'minus_margin', 'LDAM', 'with_margin', 'adaptive_marg
            'MarginLoss', 'add_margin']
 
 # %% ../../nbs/losses/margins.ipynb #ced504c7
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

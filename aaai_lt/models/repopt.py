@@ -10,7 +10,6 @@ __all__ = ['MODES', 'VARIANTS', 'NAMES', 'default_cfgs', 'MEANING', 'SCALE', 'me
 
 # %% ../../nbs/models/repopt.ipynb #d14ece23
 import re
-from functools import partial
 from pathlib import Path
 
 import torch

@@ -7,7 +7,6 @@ __all__ = ['read_tensors']
 
 # %% ../../nbs/models/weights.ipynb #a2ad6c9c
 import pickle
-from pathlib import Path
 
 import torch
 from torch import Tensor

@@ -25,8 +25,9 @@ from ..data.pseudo import add_pseudo, read_pseudo
 from ..data.scan import scan, separate_copies
 from ..data.split import not_held_out, split_table
 from ..data.table import NO_IMAGES, ImageTable, cut, look_into, read_images
+from ..data.unlabelled import read_unlabelled
 from ..models.zoo import Classifier, make_model
-from .config import Config, make_config
+from .config import Config
 from .kinds import check_kind, selected
 
 # %% ../../nbs/training/prepare.ipynb #f4ba9f4f
@@ -35,7 +36,6 @@ def images_alone(
     progress: bool = True,
 ) -> ImageTable:  # with one class, `image`
     "All images that `data` names, without labels, scanned and split. Raises DataError, FileNotFoundError."
-    from aaai_lt.training.evaluate import read_unlabelled
     table = read_unlabelled(config.data, ('image',))
     table = table.with_frame(table.frame.assign(label=0, split=''))
     if config.where: table = cut(table, config.where)

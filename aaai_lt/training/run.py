@@ -23,7 +23,7 @@ import yaml
 
 from ..core import ConfigError, StorageError, nearest, root, write_file, write_json
 from ..data.predictions import Predictions, load_predictions
-from .config import NOT_HASHED, Config, make_config, place_settings, portable_place, rooted_place, run_name, to_yaml
+from .config import NOT_HASHED, Config, place_settings, portable_place, rooted_place, run_name, to_yaml
 
 # %% ../../nbs/training/run.ipynb #b1925330
 @dataclasses.dataclass(frozen=True)
