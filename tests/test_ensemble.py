@@ -2,6 +2,7 @@
 import itertools
 import json
 import re
+import subprocess
 import zipfile
 
 import numpy as np
@@ -15,7 +16,7 @@ from sklearn.metrics import average_precision_score
 from test_train import papermill, report
 from torch import nn
 
-from aaai_lt.core import ConfigError, DataError, Stopped, table
+from aaai_lt.core import ConfigError, DataError, Stopped, StorageError, table
 from aaai_lt.data.predictions import Predictions, load_predictions, probabilities, save_predictions
 from aaai_lt.ensemble.blend import MEASURES, WEIGHTS, align, blend, bootstrap, contributions, greedy_weights, learn_weights, log_loss_weights, measured, metric_weights, out_of_fold, power_weights, read_member, read_scores, stacked
 from aaai_lt.ensemble.inference import compare_precisions, predict_members, relative_changes
@@ -131,8 +132,13 @@ def test_kept_epochs_survive_a_stop(runs, module_home):
     with pytest.raises(Stopped): train(config, stop=stop, say=silent)
     again = train(config, say=silent)
     kept = sorted(p.name for p in (again.folder/'epochs').iterdir())
-    assert kept == ['epoch-002.safetensors', 'epoch-003.safetensors']
+    assert kept == ['SHA256SUMS', 'epoch-002.safetensors', 'epoch-003.safetensors']
     for name in kept: assert (again.folder/'epochs'/name).read_bytes() == (runs[0].folder/'epochs'/name).read_bytes()
+    assert subprocess.run(['sha256sum', '--strict', '-c', 'SHA256SUMS'], cwd=again.folder/'epochs', capture_output=True).returncode == 0
+    file = again.folder/'epochs'/'epoch-003.safetensors'
+    file.write_bytes((whole := file.read_bytes())[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StorageError, match='epoch-003.safetensors is damaged'): soup(['again/epochs'], 'of damaged', say=silent)
+    assert not (again.folder.parent/'of damaged').exists()
 
 
 # ---------------------------------------------------------------------------------------------- members and blends

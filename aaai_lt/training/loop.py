@@ -43,7 +43,7 @@ from ..losses.longtail import prior_offset, set_progress
 from ..losses.margins import add_margin
 from ..models.repopt import multiply_updates, repopt_blocks
 from ..models.repvgg import custom_l2
-from ..models.weights import read_tensors
+from ..models.weights import read_tensors, write_weights
 from ..models.zoo import memory_format
 
 # %% ../../nbs/training/loop.ipynb #195d500b
@@ -692,7 +692,7 @@ def keep_epoch(trainer: Trainer) -> None:
     "Keep the weights of one of the last epochs, as epochs/epoch-<number>.safetensors. Raises StorageError."
     if trainer.epoch <= trainer.config.epochs - trainer.config.keep_epochs: return
     (trainer.folder/'epochs').mkdir(exist_ok=True)
-    write_file(trainer.folder/'epochs'/f'epoch-{trainer.epoch:03}.safetensors', tensor_bytes(trainer.judged.state_dict()))
+    write_weights(trainer.folder/'epochs'/f'epoch-{trainer.epoch:03}.safetensors', tensor_bytes(trainer.judged.state_dict()))
 
 # %% ../../nbs/training/loop.ipynb #3f2fa5b5
 def validate(trainer: Trainer) -> dict:  # columns of the history; none without a validation split
