@@ -184,6 +184,22 @@ def test_images_without_labels_are_looked_for_as_classes_are(tmp_path):
     assert dict(zip(read.problems.path, read.problems.action))['gone.png'] == 'left out'
 
 
+def test_what_is_left_out_is_said(home, tmp_path):
+    "By a run's lines, which need no notebook: how many files, why, and where they are listed."
+    folder, lines = image_folder(tmp_path/'set', {'a': 12, 'b': 12}), []
+    (folder/'a'/'000.png').write_bytes(b'')
+    (folder/'b'/'notes.txt').write_text('')
+    run = train(make_config(data=str(folder), model='test_resnet', input_size=16, epochs=1, warmup_epochs=0.5, select='last', name='said', device='cpu'), say=lines.append)
+    said, = (line for line in lines if 'left out' in line)
+    assert said == 'of the files 1 ignored (1 not an image name), 1 left out (1 empty file): see said/problems.csv' and set(run.problems.path) == {'b/notes.txt', 'a/000.png'}
+
+
+def test_the_last_line_says_what_is_not_held_out(home, tmp_path):
+    lines = []
+    run = train(make_config(data=str(image_folder(tmp_path/'set', {'a': 30, 'b': 30, 'c': 3})), model='test_resnet', input_size=16, epochs=1, warmup_epochs=0.5, tiny_classes='both', device='cpu'), say=lines.append)
+    assert 'over 3 of 3 classes, 1 of them not held out' in lines[-1] and run.summary['val']['not_held_out'] == 1 and run.data['not_held_out'] == {'val': ['c']}
+
+
 def test_hidden_folders_are_no_classes(tmp_path):
     "Neither beside the class folders, nor inside them, with splits and without; and each is listed."
     flat, nested = image_folder(tmp_path/'flat', {'a': 2, 'b': 2}), tmp_path/'nested'
@@ -351,7 +367,7 @@ def test_an_image_that_goes_after_the_scan_is_listed(tmp_path):
     ('picture,label\na.png,x\n', 'no column for path'),
     ('path,label\na.png,x,1\nb.png,y,2,3\n', 'is not a CSV'),
     ('path,label\n', 'no rows'),
-    ('', 'is not a CSV'),
+    ('', 'is empty'),
 ])
 def test_bad_csv(tmp_path, text, message):
     with pytest.raises(DataError, match=message): read_images(write_csv(tmp_path, text))
@@ -402,7 +418,7 @@ def test_where(tmp_path):
     kept = read_images(tmp_path, where='lt == 1')
     assert kept.classes == ('x', 'z') and list(kept.frame.label) == [0, 1] and list(kept.frame.path) == ['a.png', 'c.png']
     with pytest.raises(DataError, match='leaves no image of 3'): read_images(tmp_path, where='lt == 2')
-    with pytest.raises(DataError, match='cannot be used.*Columns: path'): read_images(tmp_path, where='tl == 1')
+    with pytest.raises(DataError, match='cannot be used.*no column .tl.: there are: .*path'): read_images(tmp_path, where='tl == 1')
 
 
 def test_where_must_be_a_condition(tmp_path):
@@ -510,10 +526,11 @@ def test_cut_tail(counts, factor, seed):
     before, after, last = whole.counts(), cut.counts(), len(counts) - 1
     order = np.argsort(-before, kind='stable')
     for place, c in enumerate(order):
-        ideal = before[order[0]] * factor ** (-place / max(last, 1))
+        ideal = after[order[0]] * factor ** (-place / max(last, 1))
         assert after[c] <= before[c] and (after[c] == before[c] or abs(after[c] - max(ideal, 1)) < 1 + 1e-6)
         assert after[c] <= max(ideal, 1) + 1e-6
-    assert after[order[0]] == before[order[0]] and (after > 0).all() and (np.diff(after[order]) <= 0).all()
+    assert after[order[0]] == before[order[0]] or factor * before.min() - 1 < after[order[0]] <= factor * before.min()  # the head pays only where the tail is too steep
+    assert after.max() <= factor * (after.min() + 1) and (after > 0).all() and (np.diff(after[order]) <= 0).all()
     assert members(cut)['val'] == members(whole)['val'] and members(cut)['train'] <= members(whole)['train']
     assert members(cut_tail(whole, factor, seed)) == members(cut)
 

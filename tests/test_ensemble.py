@@ -398,6 +398,11 @@ def test_accv_is_a_zip_of_lines_without_header(tmp_path):
     (tmp_path/'sample.csv').write_text('3.jpg,0000\n0.jpg,0000\n1.jpg,0000\n2.jpg,0000\n5.jpg,0000\n4.jpg,0000\n')
     with zipfile.ZipFile(submit(p, tmp_path/'in_order.zip', 'accv', tmp_path/'sample.csv', [1, 0, 0, 0, 0, 1])) as archive: assert archive.read('in_order.csv').decode().split()[:2] == ['3.jpg,0012', '0.jpg,4999']
     with pytest.raises(DataError, match='is no number'): submit(Predictions(p.scores, p.ids, ('12', 'cat')), tmp_path/'no.zip', 'accv')
+    (tmp_path/'more.csv').write_text('3.jpg,\nbroken.jpg,\n0.jpg,\n')
+    with pytest.raises(DataError, match="1 of the 3 images.*'broken.jpg'.*fill_missing=True"): submit(p, tmp_path/'no.zip', 'accv', tmp_path/'more.csv')
+    with zipfile.ZipFile(submit(p, tmp_path/'filled.zip', 'accv', tmp_path/'more.csv', [1, 0, 0, 0, 0, 1], fill_missing=True)) as archive: assert archive.read('filled.csv').decode().split() == ['3.jpg,0012', 'broken.jpg,0012', '0.jpg,4999']  # class 0 is said most often
+    (tmp_path/'others.csv').write_text('x.jpg,\ny.jpg,\n')
+    with pytest.raises(DataError, match='2 of the 2 images'): submit(p, tmp_path/'no.zip', 'accv', tmp_path/'others.csv', fill_missing=True)
     with pytest.raises(DataError, match='two images have the name'): submit(Predictions(p.scores[:2], np.array(['a/1.jpg', 'b/1.jpg']), p.classes), tmp_path/'no.zip', 'accv')
     assert not (tmp_path/'no.zip').exists()
 

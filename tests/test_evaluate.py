@@ -21,11 +21,13 @@ from aaai_lt.analysis.gradcam import grad_cam, show_label_cams, worst_label_erro
 from aaai_lt.analysis.mirror import mirror_table
 from aaai_lt.analysis.roc import class_areas, class_curves, ranking_areas
 from aaai_lt.analysis.thresholds import decide_by_parts, tune_thresholds
-from aaai_lt.core import ConfigError, DataError
+from aaai_lt.core import ConfigError, DataError, StorageError
 from aaai_lt.data.predictions import Predictions, adjust, load_predictions, probabilities
+from aaai_lt.data.table import read_bytes
 from aaai_lt.training.config import make_config
-from aaai_lt.training.evaluate import adopt_weights, data_changes, evaluate, evaluation_folder, other_data, run_data, run_model, validation_of
+from aaai_lt.training.evaluate import adopt_weights, data_changes, evaluate, evaluation_folder, other_data, per_class_of, run_data, run_model, validation_of
 from aaai_lt.training.loop import train
+from aaai_lt.training.prepare import make_table
 
 
 def silent(text): pass
@@ -69,7 +71,7 @@ def test_the_notebook_on_a_fresh_clone(home):
     assert code == 0, output[-3000:]
     run, = (home/'outputs').glob('*/evaluate')
     folder = run/'val'
-    assert {p.name for p in folder.iterdir()} == {'predictions', 'predictions.csv', 'per_class.csv', 'confusion.csv', 'curves.csv', 'calibration.csv', 'swapped.csv', 'groups.csv', 'mirror.csv', 'summary.json'}
+    assert {p.name for p in folder.iterdir()} == {'predictions', 'predictions.csv', 'per_class.csv', 'confusion.csv', 'curves.csv', 'calibration.csv', 'swapped.csv', 'groups.csv', 'mirror.csv', 'problems.csv', 'summary.json'}
     table, summary = pd.read_csv(folder/'predictions.csv'), json.loads((folder/'summary.json').read_text())
     assert np.isclose(summary['accuracy'], accuracy_score(table.true, table.predicted)) and np.isclose(summary['balanced_accuracy'], balanced_accuracy_score(table.true, table.predicted))
     assert (table.correct == (table.true == table.predicted)).all() and (table.filter(like='p ').to_numpy().argmax(1) == table.predicted).all()
@@ -113,7 +115,7 @@ def test_the_notebook_on_training_images_larger_and_with_both_views(run):
 def test_the_notebook_on_images_without_labels(run, tmp_path):
     for i in range(3): noise(tmp_path/'flat'/f'{i}.png', i)
     space, printed = execute('evaluate.ipynb', run=str(run.folder), data=str(tmp_path/'flat'))
-    assert '3 images without labels' in printed and sorted(p.name for p in space['folder'].iterdir()) == ['predictions', 'predictions.csv', 'summary.json']
+    assert '3 images without labels' in printed and sorted(p.name for p in space['folder'].iterdir()) == ['predictions', 'predictions.csv', 'problems.csv', 'summary.json']
     assert list(pd.read_csv(space['folder']/'predictions.csv').columns[:3]) == ['file', 'predicted', 'p 0']
 
 
@@ -123,7 +125,7 @@ def test_the_report_of_several_labels(mosaic, module_home):
     code, output = papermill(module_home, 'evaluate.ipynb', '-p', 'run', 'mosaic', '-p', 'split', 'test')
     assert code == 0, output[-3000:]
     folder = mosaic.folder/'evaluate'/'test'
-    assert {p.name for p in folder.iterdir()} == {'predictions', 'summary.json', *(f'{name}.csv' for name in ('predictions', 'per_class', 'thresholds', 'decisions', 'confusion', 'cooccurrence', 'images', 'curves', 'calibration', 'mirror'))}
+    assert {p.name for p in folder.iterdir()} == {'predictions', 'summary.json', *(f'{name}.csv' for name in ('predictions', 'per_class', 'thresholds', 'decisions', 'confusion', 'cooccurrence', 'images', 'curves', 'calibration', 'mirror', 'problems'))}
     val, test = mosaic.predictions('val'), load_predictions(folder/'predictions')
     thresholds = pd.read_csv(folder/'thresholds.csv', dtype={'class': str})
     assert np.allclose(thresholds.threshold, tune_thresholds(val).threshold, atol=1e-5)
@@ -147,7 +149,7 @@ def test_several_labels_on_validation_and_without_labels(mosaic, tmp_path):
     assert (space['decided'].scores == decide_by_parts(val).scores).all()
     for i in range(3): noise(tmp_path/'flat'/f'{i}.png', i)
     space, printed = execute('evaluate.ipynb', run='mosaic', data=str(tmp_path/'flat'))
-    assert '3 images without labels' in printed and sorted(p.name for p in space['folder'].iterdir()) == ['predictions', 'predictions.csv', 'summary.json', 'thresholds.csv']
+    assert '3 images without labels' in printed and sorted(p.name for p in space['folder'].iterdir()) == ['predictions', 'predictions.csv', 'problems.csv', 'summary.json', 'thresholds.csv']
     said = probabilities(space['predictions']) >= tune_thresholds(val).threshold.to_numpy()
     assert list(pd.read_csv(space['folder']/'predictions.csv', dtype=str, keep_default_na=False).predicted) == [';'.join(np.array(val.classes)[row]) for row in said]
 
@@ -270,6 +272,27 @@ def test_other_images_by_name_of_class(run, tmp_path):
     assert len(evaluate(run, data=folder, unlabelled=True)) == 8  # listed and left out
     with pytest.raises(DataError, match='holds no images'): evaluate(run, data=shutil.copytree(tmp_path/'flat', tmp_path/'empty', ignore=shutil.ignore_patterns('*.png')), unlabelled=True)
     with pytest.raises(FileNotFoundError, match='nowhere'): evaluate(run, data=tmp_path/'nowhere')
+
+
+def test_images_that_the_run_was_trained_on_are_not_held_out(run, tmp_path):
+    "Under other names, beside images that are new: found by their bytes, said, and their classes marked."
+    table = make_table(run.config, progress=False)
+    trained, new = table.split('train'), table.split('test')
+    for part, names in ((trained[trained.label == 3], ['3/a.png', '3/b.png']), (new[new.label == 3], ['3/c.png']), (new[new.label == 8], ['8/a.png'])):
+        for row, name in zip(part.itertuples(), names):
+            (tmp_path/'new'/name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path/'new'/name).write_bytes(read_bytes(table.root, row.archive, row.path))
+    data, lines = other_data(run, tmp_path/'new', progress=False), []
+    assert data.not_held_out == {'new': ['3']}
+    found = data.table.problems
+    assert list(found.path) == ['3/a.png', '3/b.png'] and set(found.reason) == {'seen in training'} and set(found.action) == {'kept'}
+    judged = per_class_of(evaluate(run, data=tmp_path/'new', say=lines.append), data).set_index('class')
+    assert not judged.held_out['3'] and judged.held_out['8'] and judged.support['3'] == 3 and lines == ['of the files of new 2 kept (2 seen in training)']
+    (run.folder/'seen.npy').rename(run.folder/'aside')
+    assert other_data(run, tmp_path/'new', progress=False).not_held_out == {'new': []}  # trained before it was noted
+    (run.folder/'seen.npy').write_bytes(b'no array')
+    with pytest.raises(StorageError, match='seen.npy is damaged'): other_data(run, tmp_path/'new', progress=False)
+    (run.folder/'aside').rename(run.folder/'seen.npy')
 
 
 def test_other_images_in_csv_with_splits_or_without_labels(run, tmp_path):

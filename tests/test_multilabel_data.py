@@ -86,6 +86,17 @@ def test_single_names_are_not_cut():
 def test_packs_of_one_label_stay_so(pack, name): assert not read_images(pack(name)).multilabel
 
 
+def test_names_beside_columns_that_say_the_same(pack):
+    "The columns know the classes that no image shows; a column with ones that is no name stays what it is."
+    columns = 'airplane bare-soil buildings cars chaparral court dock field grass mobile-home pavement sand sea ship tanks trees water'.split()
+    table = read_images(pack('tiny')/'multilabel.csv')
+    assert list(table.classes) == columns and table.multilabel and {'scene', 'label_text'} <= set(table.frame)
+    assert (table.counts('train') == 0).any()  # which the names alone would have lost
+    named = read_images(pack('tiny')/'multilabel.csv', columns={'label': 'label'})
+    assert set(named.classes) < set(columns)
+    for one, other in zip(table.frame.label, named.frame.label): assert {table.classes[i] for i in one} == {named.classes[i] for i in other}
+
+
 def test_ucm_is_read_as_it_is(pack):
     table, rows = read_images(pack('ucm-multilabel')), pd.read_csv(pack('ucm-multilabel')/'labels.csv')
     assert len(table.classes) == 17 and not {'lt', 'width', 'height', 'scene'} & set(table.classes)

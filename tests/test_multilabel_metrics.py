@@ -89,7 +89,7 @@ def test_the_table_counts_like_scikit_learn(shape):
 def test_nothing_positive():
     targets, scores = np.zeros((5, 3), 'int8'), np.random.default_rng(0).random((5, 3))
     summary = summarise_multilabel(per_class_multilabel(targets, scores, 'abc', [1, 30, 200]), targets, scores)
-    assert summary == {'mAP': None, 'micro_mAP': None, 'CF1': None, 'OF1': None, 'over': 0, 'classes': 3, 'images': 5, 'many': None, 'medium': None, 'few': None}
+    assert summary == {'mAP': None, 'micro_mAP': None, 'CF1': None, 'OF1': None, 'over': 0, 'not_held_out': 0, 'classes': 3, 'images': 5, 'many': None, 'medium': None, 'few': None}
     assert describe_multilabel(summary) == 'no image with a label' and np.isnan(map_interval(targets, scores)).all()
 
 

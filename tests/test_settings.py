@@ -1,9 +1,12 @@
 "Settings from people: cells that are executed again, paths spelled in several ways, texts from papermill, other words, and what cannot be trained."
+import ast
+import json
 import shutil
 
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from helpers import image_folder
 
 from aaai_lt.core import ConfigError, nearest
@@ -44,6 +47,17 @@ def test_what_papermill_gives_counts(cell):
 def test_papermill_may_give_every_setting():
     "As with `-f outputs/mine/config.yaml`: all are given, and none is the notebook's own cell."
     assert asked(CELL, BARE) == {'epochs': 30, 'lr': 2e-3, 'seed': 0}
+
+
+@pytest.mark.parametrize('notebook', ['train', 'analyse', 'evaluate', 'compare', 'ensemble', 'challenge', 'profile'])
+def test_papermill_knows_every_parameter(notebook):
+    "papermill reads a parameter's line by itself, and calls one unknown that it could not read (two `=` in a line are enough)."
+    from papermill.inspection import inspect_notebook
+    path = ROOT/'nbs'/f'{notebook}.ipynb'
+    cell, = (''.join(c['source']) for c in json.loads(path.read_text())['cells'] if 'parameters' in c['metadata'].get('tags', ()))
+    asked = [node.targets[0].id for node in ast.parse(cell).body]
+    found = inspect_notebook(path)
+    assert list(found) == asked and all(found[name]['help'] for name in asked)
 
 
 def test_lines_that_come_and_go():

@@ -116,7 +116,7 @@ def test_the_command_line_reads_a_recipe(home, capsys):
     env = os.environ | {'AAAI_LT_HOME': str(home), 'OMP_NUM_THREADS': '1'}
     def launch(*words): return subprocess.run([sys.executable, '-m', 'aaai_lt.training.launch', *words], cwd=home, env=env, capture_output=True, text=True)
     refused = launch('gtsrb')
-    assert refused.returncode == 2 and 'data is not set' in refused.stderr and 'quick True' in refused.stderr
+    assert refused.returncode == 2 and 'data is not set' in refused.stderr and 'quick=True' in refused.stderr
     done = launch('gtsrb', 'quick=True', 'epochs=1', 'name=q')
     assert done.returncode == 0, done.stderr
     assert 'quick run' in done.stdout

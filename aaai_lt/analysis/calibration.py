@@ -76,7 +76,7 @@ def draw_reliability(
     seen = table[table.images > 0]
     ax.plot([0, 1], [0, 1], color='0.7', lw=1)
     ax.vlines(seen.confidence, seen.confidence, seen.accuracy, color='#c44e52', lw=3, alpha=0.35)
-    ax.scatter(seen.confidence, seen.accuracy, s=10 + 90 * seen.images / seen.images.max(), color='black', zorder=3)
+    ax.scatter(seen.confidence, seen.accuracy, s=10 + 90 * seen.images / seen.images.max(), color='black', zorder=3, clip_on=False)
     ax.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1.02), ylim=(-0.02, 1.02), title=f'calibration error {calibration_error(table):.3f} ({len(table)} equal bins)')
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PercentFormatter(1.0))
 

@@ -46,7 +46,7 @@ def plot_classes(
     if len(blind): left.plot(blind.index, blind.accuracy, 'o', mfc='none', mec='black', ms=7, label='not held out')
     name_classes(left, seen['class'], otherwise='classes, worst first')
     left.set(title='accuracy by class, worst first (95 % Wilson interval)', ylabel='')
-    left.legend(frameon=False, fontsize=8, loc='lower center')
+    left.legend(frameon=False, fontsize=8, loc='lower right')  # where the best classes stand
     right.scatter(seen.train_images, seen.accuracy, s=14, c=[BAND_COLOURS[band] for band in seen.band], alpha=0.8, linewidths=0)
     right.set(title='accuracy against class size', xlabel='training images', xscale='log')
     return fig

@@ -22,6 +22,7 @@ from scipy.stats import binom
 from sklearn.metrics import precision_recall_curve
 
 from .calibration import bin_scores, draw_reliability, reliability
+from .counts import would_touch
 from .roc import telling_classes
 from ..core import DataError, plot_text
 from ..data.predictions import Predictions, probabilities
@@ -320,7 +321,7 @@ def cooccurrence_errors(
 def draw_pairs(ax: Axes, gap: np.ndarray, names: list):
     "A square of differences of rates, red where the other label harms; gives the picture for a colour bar."
     names = [plot_text(name) for name in names]
-    ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0, fontsize=8)
+    ax.set_xticks(range(len(names)), names, rotation=90 if would_touch(ax, names) else 0, fontsize=8)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     return ax.imshow(gap, cmap='RdBu_r', vmin=-0.3, vmax=0.3)
 

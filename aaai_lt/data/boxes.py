@@ -39,6 +39,7 @@ def with_boxes(
     wide = sides + margin * np.concatenate([-size, size], 1)
     boxes = pd.Series([tuple(box) if ok else None for box, ok in zip(wide.tolist(), given)], table.frame.index, dtype=object)
     problems = [(r.path, r.split, r.label, 'bad box', f'{columns}: {sides[i].tolist()}', 'left out') for i, r in enumerate(table.frame.itertuples()) if bad[i]]
+    if len(bad) and bad.all(): raise DataError(f'box: none of the {len(bad):,} images of {table.name} has a box with its left before its right and its top above its bottom, such as {problems[0][0]} with {problems[0][4]}')
     return table.with_frame(table.frame.assign(box=boxes)[~bad], problems)
 
 # %% ../../nbs/data/boxes.ipynb #e0533719

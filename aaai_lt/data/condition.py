@@ -115,6 +115,6 @@ def condition(
     tree = parse_condition(text)
     try: fits = evaluate(tree, frame)
     except Exception as error:  # pandas raises many kinds here, all of them about the condition's text
-        raise DataError(f'{text!r} cannot be used: {error}. Columns: {", ".join(map(str, frame.columns))}') from error
+        raise DataError(f'{text!r} cannot be used: {error}' + ('' if 'there are: ' in str(error) else f'. Columns: {", ".join(map(str, frame.columns))}')) from error
     if not isinstance(fits, pd.Series) or not pd.api.types.is_bool_dtype(fits): raise DataError(f'{text!r} is not a condition: it must be true or false for each row, as in "label == 3"')
     return fits.fillna(False).astype(bool)

@@ -82,11 +82,12 @@ def cut_tail(
     order=None,  # classes from head to tail; by default by falling count, ties in class order
     shape: str = 'exponential',  # 'exponential' | 'pareto' | 'step'
 ) -> ImageTable:
-    "The table with its training split cut to a tail; the other splits stay as they are. Raises DataError."
+    "The table with its training split cut to a tail; the other splits stay as they are. A tail that is steeper already loses images of its head. Raises DataError."
     if table.multilabel: raise DataError('a tail is cut into sets of one label an image; here an image that is left out is missing from all its classes. Take a cut with `where`')
     counts = table.counts('train')
     order = np.argsort(-counts, kind='stable') if order is None else np.asarray(order)
-    wanted = tail_counts(counts[order[0]], len(counts), factor, shape)[np.argsort(order)]
+    largest = min(counts[order[0]], int(factor * counts[counts > 0].min())) if counts.any() and factor >= 1 else counts[order[0]]
+    wanted = tail_counts(largest, len(counts), factor, shape)[np.argsort(order)]
     train = (table.frame.split == 'train').to_numpy()
     stays = ~train
     stays[train] = draw_kept(table.frame.label.to_numpy('int64')[train], wanted, seed)

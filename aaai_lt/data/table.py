@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROBLEM_COLUMNS', 'IMAGE_SUFFIXES', 'SPLIT_NAMES', 'SEPARATORS', 'MARKS', 'NO_IMAGES', 'READ_ERRORS', 'COLUMN_NAMES',
-           'SEVERAL', 'FIX_COLUMNS', 'FIX_ACTIONS', 'ImageTable', 'summary_of_splits', 'natural_key', 'is_image_name',
-           'check_filled', 'fitting_names', 'index_labels', 'label_matrix', 'label_sets', 'find_separator',
-           'index_names', 'label_columns', 'index_marks', 'look_into', 'split_folders', 'class_folders', 'with_parents',
-           'files_below', 'action_for', 'list_folder', 'same_numbers', 'read_folder', 'zip_members', 'find_archives',
-           'inside_folder', 'open_zip', 'read_bytes', 'no_column', 'find_columns', 'read_labels', 'read_splits',
-           'own_columns', 'listed_again', 'unusable_rows', 'table_from_rows', 'other_separator', 'read_csv',
-           'read_list', 'move_labels', 'cut', 'find_csv', 'read_images', 'parse_label', 'read_text_columns',
-           'read_fixes', 'apply_fixes']
+           'SEVERAL', 'FIX_COLUMNS', 'FIX_ACTIONS', 'ImageTable', 'summary_of_splits', 'count_problems', 'natural_key',
+           'is_image_name', 'check_filled', 'fitting_names', 'index_labels', 'label_matrix', 'label_sets',
+           'find_separator', 'index_names', 'label_columns', 'spelled_out', 'index_marks', 'look_into', 'split_folders',
+           'class_folders', 'with_parents', 'files_below', 'action_for', 'list_folder', 'same_numbers', 'read_folder',
+           'zip_members', 'find_archives', 'inside_folder', 'open_zip', 'read_bytes', 'no_column', 'find_columns',
+           'read_labels', 'read_splits', 'own_columns', 'listed_again', 'unusable_rows', 'table_from_rows',
+           'other_separator', 'read_csv', 'read_list', 'move_labels', 'cut', 'find_csv', 'read_images', 'parse_label',
+           'read_text_columns', 'read_fixes', 'apply_fixes']
 
 # %% ../../nbs/data/table.ipynb #c3bd6c6b
 import os
@@ -44,7 +44,7 @@ class ImageTable:
     multilabel: bool = False  # several labels on one image
 
     def __len__(self): return len(self.frame)
-    def __repr__(self): return f'ImageTable {self.name}: {len(self):,} images, {len(self.classes)} classes{", several labels on an image" if self.multilabel else ""}, {len(self.problems)} problems'
+    def __repr__(self): return f'ImageTable {self.name}: {len(self):,} images, {len(self.classes)} classes{", several labels on an image" if self.multilabel else ""}, {len(self.problems)} problem{"" if len(self.problems) == 1 else "s"}'
 
     def split(self, name: str) -> pd.DataFrame:
         "The rows of one split, in the table's order."
@@ -102,6 +102,14 @@ def summary_of_splits(
         'largest class': by_split.label.agg(lambda s: s.value_counts().max()), 'smallest class': by_split.label.agg(lambda s: s.value_counts().min())})
     if table.multilabel: summary['labels an image'] = (by_split.size() / images).round(2)
     return summary.reindex([s for s in ('train', 'val', 'test') if s in summary.index] + [s for s in summary.index if s not in ('train', 'val', 'test')])
+
+# %% ../../nbs/data/table.ipynb #914b57de
+def count_problems(
+    problems: pd.DataFrame,  # of a table
+) -> str:
+    "The problems in words, such as `40 left out (38 missing, 2 truncated), 3 kept (3 copy)`; empty if there are none."
+    counts = {action: part.reason.value_counts() for action, part in problems.groupby('action', sort=False)}
+    return ', '.join(f'{found.sum():,} {action} ({", ".join(f"{n:,} {reason}" for reason, n in found.items())})' for action, found in counts.items())
 
 # %% ../../nbs/data/table.ipynb #e8400794
 def natural_key(
@@ -223,6 +231,20 @@ def label_columns(
     if 'labels' in given and (bad := [c for c in asked if c not in marked]): raise DataError(f'columns: {bad[0]!r} is named among the labels and holds something other than 0, 1, -1 or nothing')
     return marked if len(marked) > 1 or 'labels' in given else []
 
+# %% ../../nbs/data/table.ipynb #ef440b1d
+def spelled_out(
+    rows: pd.DataFrame,  # all as text
+    roles: dict,  # from `find_columns`
+    given: dict,  # as for `label_columns`
+) -> list:  # of columns; none if they say something else
+    "The columns of 0 and 1 that say again what a column of several names in a cell says. They know more: the classes that no image shows, and what nobody looked for."
+    separator = '' if 'label' not in roles or {'separator', 'labels'} & set(given) else find_separator(rows[roles['label']])
+    if not separator: return []
+    marked = rows[label_columns(rows, {role: column for role, column in roles.items() if role != 'label'}, given)].apply(lambda c: c.str.strip().map(MARKS) == 1)
+    sets, names = index_names(rows[roles['label']], separator)
+    if not set(names) <= set(marked) or not (marked[list(names)].to_numpy() == (label_matrix(sets, len(names)) == 1)).all(): return []
+    return [c for c in marked if c in names or not marked[c].any()]  # a column with ones that is no name marks something else, such as a cut
+
 # %% ../../nbs/data/table.ipynb #dfec18c3
 def index_marks(
     marks: pd.DataFrame,  # a column for each class, as text
@@ -330,7 +352,8 @@ def read_folder(
     listed = list_folder(folder)
     problems = [(r.path, r.split, None, r.reason, r.detail, action_for(r.reason)) for r in listed[listed.reason != ''].itertuples()]
     frame = listed[listed.reason == ''].drop(columns=['reason', 'detail'])
-    if not len(frame): raise DataError(f'{folder} holds no images of a class: a folder for each class with {", ".join(IMAGE_SUFFIXES)} files in it is expected')
+    loose = sum(problem[3] == 'outside a class folder' for problem in problems)
+    if not len(frame): raise DataError(f'{folder} holds no images of a class{f", only {loose:,} that lie in no class folder" if loose else ""}: a folder for each class with {", ".join(IMAGE_SUFFIXES)} files in it is expected')
     classes = tuple(sorted(frame.class_name.unique(), key=natural_key))
     frame.insert(1, 'archive', '')
     frame.insert(2, 'label', frame.class_name.map({c: i for i, c in enumerate(classes)}).astype('int64'))
@@ -537,10 +560,12 @@ def read_csv(
         with open(file, encoding='utf-8-sig') as lines: separator = other_separator(lines.readline())
         if separator: raise DataError(f'{file} seems to be separated by {separator}: save it with commas')
         rows = pd.read_csv(file, dtype='string', keep_default_na=False, na_values=[''], encoding='utf-8-sig')
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error: raise DataError(f'{file} is not a CSV in UTF-8: {error}') from error
+    except pd.errors.EmptyDataError: raise DataError(f'{file} is empty') from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error: raise DataError(f'{file} is not a CSV in UTF-8: {error}') from error
     if rows.empty: raise DataError(f'{file} has no rows')
     given = {k: v for k, v in (columns or {}).items() if k in SEVERAL}
     roles = find_columns(rows.columns, {k: v for k, v in (columns or {}).items() if k not in SEVERAL}, ('path',))
+    if 'label' not in (columns or {}) and (marked := spelled_out(rows, roles, given)): roles, given = {k: v for k, v in roles.items() if k != 'label'}, given | {'labels': marked}
     return table_from_rows(rows, roles, file.parent, file.name, given)
 
 # %% ../../nbs/data/table.ipynb #093b887f

@@ -17,7 +17,7 @@ from ..core import ConfigError, DataError, nearest, recipe, root
 from ..data.pixels import build_store
 from .blend import blend, check_measure, measured
 from ..training.config import CHOICES, make_config
-from ..training.evaluate import as_predictions, latest_run, other_data, predict_together, run_data, run_model
+from ..training.evaluate import as_predictions, latest_run, other_data, predict_together, run_data, run_model, with_seen
 from ..training.loop import train
 from ..training.prepare import Data, Split
 from ..training.run import Run, load_run
@@ -67,6 +67,9 @@ def member_data(
     if odd := next((run for run in runs if set(run.data['classes']) != set(first.data['classes'])), None): raise DataError(f'{odd.name} knows other classes than {first.name}')
     if not data and (odd := next((run for run in runs if run.data['hash'] != first.data['hash']), None)): raise DataError(f'{odd.name} was trained on other images, labels or splits than {first.name}: its {split} may be in the other\'s training. Name the images with data=')
     base = other_data(first, data, split, 0, unlabelled, progress) if data else run_data(first, 0, progress)
+    for run in runs[1:] if data else ():
+        table, trained = with_seen(run, base.table)
+        base = dataclasses.replace(base, table=table, not_held_out={'new': [name for name in table.classes if name in {*trained, *base.not_held_out['new']}]})
     if 'new' not in base.splits and split not in base.splits: raise DataError(f'{first.name} has no split {split!r}: {nearest(split, base.splits)}')
     return {view_of(first): base} | {view_of(run): in_view(base, run) for run in runs if view_of(run) != view_of(first)}
 

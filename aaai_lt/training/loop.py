@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 from ..core import ConfigError, DataError, DivergedError, Stopped, StorageError, write_file, write_json
 from ..data.augment import augment_batch, augment_options, draws, eval_batch
 from ..data.predictions import Predictions, save_predictions
+from ..data.table import count_problems
 from ..losses.distillation import check_teacher, distillation
 from ..losses.factory import make_loss
 from ..losses.longtail import prior_offset, set_progress
@@ -52,7 +53,7 @@ from .config import Config, config_hash, make_config, quick_config
 from .kinds import KINDS, Kind, selected
 from .prepare import Data, Split, build_model, describe_data, prepare
 from .pretrain import pretraining_model
-from .run import Run, locked, run_folder, start_folder, sweep_folder, write_start
+from .run import Run, locked, run_folder, start_folder, sweep_folder, write_seen, write_start
 from .stages import begin, check_weights, find_loss_options, stage_configs, teacher_logits
 
 # %% ../../nbs/training/loop.ipynb #9869253c
@@ -801,6 +802,7 @@ def announce(
     config, data, folder = trainer.config, trainer.data, trainer.folder
     if there: say(f'continuing {folder.name} at step {trainer.step}, epoch {min(trainer.epoch + 1, config.epochs)} of {config.epochs}')
     else: say(f"training {folder.name}: {len(data.splits['train']):,} images, {len(data.class_counts)} classes{f', {trainer.kind.words}' if data.table.multilabel else ''}, {data.input_size} px, on {trainer.accelerator.device}")
+    if found := count_problems(data.table.problems): say(f'of the files {found}: see {folder.name}/problems.csv')
     if config.precision == 'bf16' and slow_bf16(trainer.accelerator.device): say(f"{trainer.accelerator.device} has no fast kernels for bf16: precision='fp32' may be many times as fast here")
     if empty := [name for name, count in zip(data.table.classes, data.class_counts) if not count]: say(f'no training image shows {", ".join(empty[:10])}{", …" if len(empty) > 10 else ""}: nothing can be learnt of {"them" if len(empty) > 1 else "it"}')
 
@@ -819,6 +821,7 @@ def start_or_continue(
     if not main: return
     write_start(folder, trainer.config)
     write_json(folder/'data.json', describe_data(data, trainer.plain))
+    write_seen(folder, data.table.frame.drop_duplicates('path').set_index('path').sha1[data.table.paths(data.splits['train'].ids)])
     write_file(folder/'problems.csv', data.table.problems.to_csv(index=False))
     announce(trainer, there, say)
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from ..core import DataError
 from ..data.longtail import BANDS, bands
+from .metrics import over_classes
 
 # %% ../../nbs/training/multilabel.ipynb #aa7b8ba8
 def matrices(
@@ -95,14 +96,14 @@ def summarise_multilabel(
     table: pd.DataFrame,  # from `per_class_multilabel`
     targets,  # shape (N, C)
     scores,  # shape (N, C)
-) -> dict:  # mAP, micro_mAP, CF1, OF1, over, classes, images, and the mean average precision of each band; None where there is nothing
-    "The table in ten numbers."
+) -> dict:  # mAP, micro_mAP, CF1, OF1, over, not_held_out, classes, images, and the mean average precision of each band; None where there is nothing
+    "The table in a few numbers."
     seen = table[table.support > 0]
     def mean(values): return float(values.mean()) if len(values) else None
     precision, recall = seen.precision.fillna(0).mean(), seen.recall.mean()
     return {'mAP': mean(seen.average_precision), 'micro_mAP': micro_average_precision(targets, scores) if len(seen) else None,
             'CF1': float(2 * precision * recall / max(precision + recall, 1e-12)) if len(seen) else None, 'OF1': float(2 * table.correct.sum() / (table.support.sum() + table.predicted.sum())) if len(seen) else None,
-            'over': len(seen), 'classes': len(table), 'images': len(targets), **{band: mean(seen.average_precision[seen.band == band]) for band in BANDS}}
+            'over': len(seen), 'not_held_out': int((~seen.held_out).sum()), 'classes': len(table), 'images': len(targets), **{band: mean(seen.average_precision[seen.band == band]) for band in BANDS}}
 
 # %% ../../nbs/training/multilabel.ipynb #422d0726
 def describe_multilabel(
@@ -111,7 +112,7 @@ def describe_multilabel(
     "One line for people."
     if summary['mAP'] is None: return 'no image with a label'
     by_band = ', '.join(f'{band} {summary[band]:.1%}' for band in BANDS if summary[band] is not None)
-    return f"mAP {summary['mAP']:.2%} over {summary['over']} of {summary['classes']} classes ({by_band}); CF1 {summary['CF1']:.2%}, OF1 {summary['OF1']:.2%} of {summary['images']:,} images"
+    return f"mAP {summary['mAP']:.2%} over {over_classes(summary)} ({by_band}); CF1 {summary['CF1']:.2%}, OF1 {summary['OF1']:.2%} of {summary['images']:,} images"
 
 # %% ../../nbs/training/multilabel.ipynb #46edaaa5
 def resampled_precision(

@@ -47,7 +47,7 @@ def look_at_data(
     progress: bool = True,
 ) -> ImageTable:
     "The table as it is given: read, corrected by `fixes`, looked at, split. Raises DataError, ConfigError, FileNotFoundError."
-    if not config.data: raise ConfigError('data is not set: these settings are for data that do not ship with the package. Give it (-p data path/to/images), or try them on a built-in set with -p quick True')
+    if not config.data: raise ConfigError('data is not set: these settings are for data that do not ship with the package. Give it, as in data=path/to/images, or try them on a built-in set with quick=True')
     if config.pretrain_options.get('unlabelled'): return images_alone(config, progress)
     table = read_builtin(config.data) if config.data.split(':')[0] in BUILTIN else read_images(config.data, columns=config.columns)
     if config.fixes: table = table.with_fixes(config.fixes)
