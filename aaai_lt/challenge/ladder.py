@@ -543,6 +543,7 @@ def run_around(
 ) -> Run:
     "A run like another with other weights, without results."
     for file in ('environment.json', 'data.json', 'problems.csv'): shutil.copyfile(run.folder/file, folder/file)
+    if (run.folder/'seen.npy').is_file(): shutil.copyfile(run.folder/'seen.npy', folder/'seen.npy')  # a run from before it was noted has none
     write_file(folder/'config.yaml', to_yaml(dataclasses.replace(run.config, name=name)))
     write_file(folder/'best.safetensors', tensor_bytes(weights))
     return Run(folder)
