@@ -137,6 +137,7 @@ def test_readers_agree(little, tmp_path):
     assert len(nested) == 10 and {r[1:] for r in nested} == {('2', 'train'), ('2', 'val'), ('10', 'train'), ('10', 'val')}
     assert rows_of(read_images(tmp_path/'csv')) == nested
     assert rows_of(read_images(tmp_path/'zip'/'list.csv', columns={'path': 'Filename', 'label': 'ClassId'})) == nested
+    assert [read_images(tmp_path/place).name for place in ('csv', 'zip/list.csv', 'text/all.txt')] == ['csv', 'zip-list', 'text-all']  # a folder may hold several lists
     assert rows_of(read_images(tmp_path/'text'/'all.txt')) == sorted((sha1, name, '') for sha1, name, _ in nested)  # a list has no splits
     assert rows_of(read_images(tmp_path/'flat')) == sorted((sha1, name, '') for sha1, name, split_name in nested if split_name == 'train')
     for place in (little, tmp_path/'csv', tmp_path/'flat'): assert read_images(place).classes == ('2', '10')  # not '10', '2'

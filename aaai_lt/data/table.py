@@ -538,7 +538,8 @@ def table_from_rows(
     else: roles = {k: v for k, v in roles.items() if k != 'id'}
     extra = own_columns(rows, [*roles.values(), 'archive', *(classes if several and 'label' not in roles else (given or {}).get('labels', ()))])
     frame = frame.join(extra.rename(columns={c: f'{c}_text' for c in frame}))
-    table = ImageTable(frame, classes, folder, folder.name, multilabel=several)
+    stem = Path(name).stem  # a folder may hold several lists
+    table = ImageTable(frame, classes, folder, folder.name if stem in ('labels', 'train') else f'{folder.name}-{stem}', multilabel=several)
     unusable, problems = unusable_rows(table, name)
     return table.with_frame(frame[~unusable], problems)
 
