@@ -17,6 +17,7 @@ from PIL import Image
 from aaai_lt.core import ConfigError, DataError, StorageError
 from aaai_lt.data import pixels, scan, split
 from aaai_lt.data import table as table_module
+from aaai_lt.data.boxes import with_boxes
 from aaai_lt.data.decode import BadImage, decode
 from aaai_lt.data.longtail import cut_tail
 from aaai_lt.data.table import ImageTable, read_images
@@ -199,6 +200,19 @@ def test_the_last_line_says_what_is_not_held_out(home, tmp_path):
     lines = []
     run = train(make_config(data=str(image_folder(tmp_path/'set', {'a': 30, 'b': 30, 'c': 3})), model='test_resnet', input_size=16, epochs=1, warmup_epochs=0.5, tiny_classes='both', device='cpu'), say=lines.append)
     assert 'over 3 of 3 classes, 1 of them not held out' in lines[-1] and run.summary['val']['not_held_out'] == 1 and run.data['not_held_out'] == {'val': ['c']}
+
+
+def test_images_in_no_class_folder_are_counted(tmp_path):
+    for i in range(3): noise(tmp_path/'set'/f'{i}.png', i)
+    with pytest.raises(DataError, match='only 3 that lie in no class folder'): read_images(tmp_path/'set')
+
+
+def test_boxes_of_which_none_fits(tmp_path):
+    image_folder(tmp_path/'set', {'a': 2, 'b': 2})
+    pd.DataFrame({'path': ['a/000.png', 'a/001.png', 'b/000.png', 'b/001.png'], 'label': list('aabb'), 'x1': 9, 'y1': 0, 'x2': 3, 'y2': 8}).to_csv(tmp_path/'set'/'boxes.csv', index=False)
+    table = read_images(tmp_path/'set'/'boxes.csv')
+    with pytest.raises(DataError, match='box: none of the 4 images.*a/000.png'): with_boxes(table, ['x1', 'y1', 'x2', 'y2'])
+    assert len(with_boxes(table, ['x2', 'y1', 'x1', 'y2'])) == 4
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

@@ -203,6 +203,10 @@ def test_the_notebook_goes_on_without_maps(run):
     assert 'a map of 1 × 1' in printed and (run.folder/'evaluate'/'val'/'summary.json').exists()
 
 
+def test_a_split_that_was_not_predicted(run):
+    with pytest.raises(DataError, match="no predictions of 'tset': did you mean 'test'"): run.predictions('tset')
+
+
 def test_splits_are_those_of_the_run(run):
     data = run_data(run, progress=False)
     assert data_changes(run, data) == []
