@@ -86,8 +86,8 @@ def cut_tail(
     if table.multilabel: raise DataError('a tail is cut into sets of one label an image; here an image that is left out is missing from all its classes. Take a cut with `where`')
     counts = table.counts('train')
     order = np.argsort(-counts, kind='stable') if order is None else np.asarray(order)
-    largest = min(counts[order[0]], int(factor * counts[counts > 0].min())) if counts.any() and factor >= 1 else counts[order[0]]
-    wanted = tail_counts(largest, len(counts), factor, shape)[np.argsort(order)]
+    largest = min(counts[order[0]], factor * counts[counts > 0].min(initial=counts.max()))
+    wanted = tail_counts(int(largest + 1e-9), len(counts), factor, shape)[np.argsort(order)]
     train = (table.frame.split == 'train').to_numpy()
     stays = ~train
     stays[train] = draw_kept(table.frame.label.to_numpy('int64')[train], wanted, seed)

@@ -238,9 +238,10 @@ def spelled_out(
     given: dict,  # as for `label_columns`
 ) -> list:  # of columns; none if they say something else
     "The columns of 0 and 1 that say again what a column of several names in a cell says. They know more: the classes that no image shows, and what nobody looked for."
-    separator = '' if 'label' not in roles or {'separator', 'labels'} & set(given) else find_separator(rows[roles['label']])
-    if not separator: return []
-    marked = rows[label_columns(rows, {role: column for role, column in roles.items() if role != 'label'}, given)].apply(lambda c: c.str.strip().map(MARKS) == 1)
+    if 'label' not in roles or {'separator', 'labels'} & set(given): return []
+    columns = label_columns(rows, {role: column for role, column in roles.items() if role != 'label'}, given)
+    if not columns or not (separator := find_separator(rows[roles['label']])): return []
+    marked = rows[columns].apply(lambda c: c.str.strip().map(MARKS) == 1)
     sets, names = index_names(rows[roles['label']], separator)
     if not set(names) <= set(marked) or not (marked[list(names)].to_numpy() == (label_matrix(sets, len(names)) == 1)).all(): return []
     return [c for c in marked if c in names or not marked[c].any()]  # a column with ones that is no name marks something else, such as a cut

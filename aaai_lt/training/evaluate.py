@@ -36,8 +36,8 @@ from .checkpoint import chosen_weights, tensor_bytes
 from .config import assigned_names, check_type, make_config, parameter_cells, quick_config, read_settings, run_name
 from .loop import train
 from .kinds import KINDS
-from .prepare import Data, Split, data_hash, describe_data, model_of, prepare
-from .run import Run, has_seen, load_run, locked, write_seen, write_start
+from .prepare import Data, Split, data_hash, model_of, prepare, write_data
+from .run import Run, has_seen, load_run, locked, write_start
 
 # %% ../../nbs/training/evaluate.ipynb #dd94b161
 def latest_run() -> Run:  # or None
@@ -332,9 +332,7 @@ def write_adopted(run: Run, config, data: Data, model: Classifier, facts: dict) 
     run.folder.mkdir(parents=True, exist_ok=True)
     with locked(run.folder):
         write_start(run.folder, config)
-        write_json(run.folder/'data.json', describe_data(data, model))
-        write_seen(run.folder, data.table.split('train').sha1)
-        write_file(run.folder/'problems.csv', data.table.problems.to_csv(index=False))
+        write_data(run.folder, data, model)
         write_file(run.folder/'best.safetensors', weights := tensor_bytes(model.state_dict()))
         write_json(run.folder/'summary.json', {'quick': config.quick, 'best_epoch': None, 'epochs': 0, 'seconds': 0.0, 'weights_sha256': hashlib.sha256(weights).hexdigest()} | (facts or {}) | judge_run(run, data))
     return run

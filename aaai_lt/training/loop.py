@@ -51,9 +51,9 @@ from ..models.zoo import memory_format
 from .checkpoint import checkpoints, chosen_weights, load_checkpoint, pack, pack_optimizer, save_checkpoint, tensor_bytes, unpack, unpack_optimizer
 from .config import Config, config_hash, make_config, quick_config
 from .kinds import KINDS, Kind, selected
-from .prepare import Data, Split, build_model, describe_data, prepare
+from .prepare import Data, Split, build_model, prepare, write_data
 from .pretrain import pretraining_model
-from .run import Run, locked, run_folder, start_folder, sweep_folder, write_seen, write_start
+from .run import Run, locked, run_folder, start_folder, sweep_folder, write_start
 from .stages import begin, check_weights, find_loss_options, stage_configs, teacher_logits
 
 # %% ../../nbs/training/loop.ipynb #9869253c
@@ -820,9 +820,7 @@ def start_or_continue(
     trainer.accelerator.wait_for_everyone()
     if not main: return
     write_start(folder, trainer.config)
-    write_json(folder/'data.json', describe_data(data, trainer.plain))
-    write_seen(folder, data.table.frame.drop_duplicates('path').set_index('path').sha1[data.table.paths(data.splits['train'].ids)])
-    write_file(folder/'problems.csv', data.table.problems.to_csv(index=False))
+    write_data(folder, data, trainer.plain)
     announce(trainer, there, say)
 
 # %% ../../nbs/training/loop.ipynb #6dbd5fae

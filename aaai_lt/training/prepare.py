@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['images_alone', 'look_at_data', 'training_table', 'inner_folder', 'check_classes', 'make_table', 'data_hash',
-           'choose_input_size', 'Split', 'Data', 'prepare', 'describe_data', 'model_of', 'build_model', 'eval_batches']
+           'choose_input_size', 'Split', 'Data', 'prepare', 'describe_data', 'write_data', 'model_of', 'build_model',
+           'eval_batches']
 
 # %% ../../nbs/training/prepare.ipynb #067fea37
 import hashlib
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 # %% ../../nbs/training/prepare.ipynb #cadfe6a0
-from ..core import ConfigError, DataError, resolve
+from ..core import ConfigError, DataError, resolve, write_file, write_json
 from ..data.augment import eval_batch
 from ..data.boxes import with_boxes
 from ..data.builtin import BUILTIN, read_builtin
@@ -29,6 +30,7 @@ from ..data.unlabelled import read_unlabelled
 from ..models.zoo import Classifier, make_model
 from .config import Config
 from .kinds import check_kind, selected
+from .run import write_seen
 
 # %% ../../nbs/training/prepare.ipynb #f4ba9f4f
 def images_alone(
@@ -166,6 +168,18 @@ def describe_data(
     return {'name': data.table.name, 'classes': list(data.table.classes), 'class_counts': data.class_counts.tolist(), 'splits': {n: len(s) for n, s in data.splits.items()},
         'not_held_out': data.not_held_out, 'hash': data.hash, 'multilabel': data.table.multilabel, 'input_size': data.input_size, 'store_size': data.store.pixels.shape[1],
         'mean': list(model.mean), 'std': list(model.std)}
+
+# %% ../../nbs/training/prepare.ipynb #772ca6a5
+def write_data(
+    folder: Path,  # the run's
+    data: Data,
+    model: Classifier,
+) -> None:
+    "What a run's data are: data.json, problems.csv, and seen.npy. Raises StorageError."
+    write_json(folder/'data.json', describe_data(data, model))
+    write_file(folder/'problems.csv', data.table.problems.to_csv(index=False))
+    sha1 = data.table.frame.drop_duplicates('path').set_index('path').sha1
+    write_seen(folder, sha1[data.table.paths(data.splits['train'].ids)])  # of a fold, those without it
 
 # %% ../../nbs/training/prepare.ipynb #6a117002
 def model_of(
